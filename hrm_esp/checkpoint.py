@@ -1,0 +1,146 @@
+"""Checkpoints: plain tensors and plain types, never half written, verified before they are read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import DEFAULT_DIR, HRMConfig
+from .data import PathLike
+from .errors import HRMError
+from .model import HRMModel
+
+FORMAT = 1
+STAGES = ("pretrain", "finetune")
+
+
+@dataclass
+class Checkpoint:
+    """A model's weights and what produced them.
+
+    ``val_bpb`` is the held-out bits per byte, if measured. ``training`` is what resuming needs and
+    stands in ``{stage}_state.pt`` only.
+    """
+
+    config: HRMConfig
+    weights: dict[str, Tensor]
+    stage: str
+    step: int = 0
+    bytes_seen: int = 0
+    val_bpb: float | None = None
+    version: str = ""
+    training: dict[str, Any] | None = None
+
+    def model(self, device: torch.device | str = "cpu") -> HRMModel:
+        """The model, in evaluation mode.
+
+        Raises:
+            HRMError: the weights are not those of the config.
+        """
+        model = HRMModel(self.config)
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise HRMError("the checkpoint's weights do not fit its config") from error
+        model.stage = self.stage
+        return model.to(device).eval()
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
+    """Writes beside ``path``, syncs, then renames: a crash leaves the old file or the new one.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    content = {
+        "format": FORMAT,
+        "project": "hrm-esp",
+        **{f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)},
+        "config": asdict(checkpoint.config),
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that the new name survives a power cut
+    finally:
+        os.close(folder)
+
+
+def load_checkpoint(path: PathLike) -> Checkpoint:
+    """Reads a checkpoint, onto the CPU, after verifying its checksums.
+
+    Raises:
+        HRMError: missing, a folder, damaged, not written by hrm-esp, or by a newer one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise HRMError(f"{path} is a folder: give a checkpoint file (.pt)")
+    if not path.exists():
+        raise HRMError(f"no checkpoint {path}: run hrm-esp pretrain first, or give --ckpt")
+    foreign = HRMError(f"{path} is not a checkpoint of hrm-esp")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(damaged)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise foreign from error
+    except OSError as error:
+        raise HRMError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged archive fails in many ways
+        raise HRMError(
+            f"{path} is damaged, or not a checkpoint of hrm-esp: use another one"
+        ) from error
+    if not isinstance(content, dict) or content.pop("project", None) != "hrm-esp":
+        raise foreign
+    if content.pop("format") > FORMAT:
+        raise HRMError(f"{path} was written by a newer hrm-esp: pip install -U hrm-esp")
+    try:
+        content["config"] = HRMConfig(**content["config"])
+        return Checkpoint(**content)
+    except (TypeError, KeyError) as error:
+        raise foreign from error
+
+
+def find_checkpoint(
+    folder: PathLike = DEFAULT_DIR, stages: tuple[str, ...] = STAGES
+) -> Path:
+    """The best checkpoint of the newest run in ``folder``.
+
+    Raises:
+        HRMError: there is none.
+    """
+    names = [Path(folder) / f"{stage}_{kind}.pt" for stage in stages for kind in ("best", "last")]
+    found = [p for p in names if p.is_file()]
+    if not found:
+        raise HRMError(f"no checkpoint in {folder}: run hrm-esp {stages[0]} first, or give --ckpt")
+    newest = max(found, key=lambda p: p.stat().st_mtime_ns).name.partition("_")[0]
+    return next(p for p in found if p.name.startswith(newest))
+
+
+def load_model(path: PathLike | None = None, device: torch.device | str = "cpu") -> HRMModel:
+    """The model of a checkpoint, by default of the newest run in ``checkpoints``.
+
+    Raises:
+        HRMError: see `load_checkpoint` and `find_checkpoint`.
+    """
+    return load_checkpoint(find_checkpoint() if path is None else path).model(device)

@@ -1,0 +1,318 @@
+"""The command ``hrm-esp``. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from . import __version__
+from .config import DEFAULT_DIR, SIZES, FinetuneConfig, HRMConfig, PretrainConfig
+from .errors import HRMError
+
+if TYPE_CHECKING:
+    from .model import HRMModel
+    from .training import TrainResult
+
+SAMPLES = Path(__file__).parent / "samples"
+STORIES, NUMBERS = SAMPLES / "cuentos.txt", SAMPLES / "numeros.tsv"
+GROUPS = ("data", "model", "training", "run")
+Config = TypeVar("Config")
+
+DESCRIPTION = "A byte-level language model for Spanish with a Planner and an Executor."
+EXAMPLES = {
+    None: """\
+examples:
+  hrm-esp pretrain                        on the bundled stories, 10 minutes
+  hrm-esp finetune                        on the bundled numbers in words
+  hrm-esp generate --prompt "4827"        cuatro mil ochocientos veintisiete
+  hrm-esp COMMAND --help                  every flag of a command
+""",
+    "pretrain": """\
+examples:
+  hrm-esp pretrain corpus.txt
+  hrm-esp pretrain books/ --val held_out.txt --minutes 60
+  hrm-esp pretrain old.txt --encoding latin-1 --size tiny --epochs 3
+""",
+    "finetune": """\
+examples:
+  hrm-esp finetune data.tsv
+  hrm-esp finetune data.tsv --ckpt checkpoints/pretrain_last.pt --minutes 15
+  hrm-esp finetune data.tsv --context plan --no_gumbel
+""",
+    "generate": """\
+examples:
+  hrm-esp generate --prompt "En un lugar de la Mancha"
+  hrm-esp generate --prompt "La casa" --temperature 0.6 --top_k 40 --seed 1
+  hrm-esp generate --ckpt checkpoints/pretrain_best.pt --mode continue --max_new_tokens 200
+""",
+    "evaluate": """\
+examples:
+  hrm-esp evaluate book.txt
+  hrm-esp evaluate held_out.tsv --ckpt checkpoints/finetune_best.pt --json
+""",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise HRMError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    argv = [underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+    try:
+        args = build_parser().parse_args(argv)
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt as error:
+        print(file=sys.stderr)
+        if type(error).__name__ == "Interrupted":
+            print(f"saved: go on with hrm-esp {shell(argv)} --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has gone, as in `hrm-esp generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except HRMError as error:
+        return fail(str(error))
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (line := machine_trouble(error)) is None:
+            raise
+        return fail(line)
+
+
+def fail(line: str) -> int:
+    print("hrm-esp: error: " + " ".join(line.split()), file=sys.stderr)
+    return 2
+
+
+def machine_trouble(error: BaseException) -> str | None:
+    """What to do where the machine, and not the program, is at its limit; else ``None``."""
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        then = ": free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{what}{error.strerror or error}{then}"
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return "out of memory: give a smaller --batch_size, --max_len or --size"
+    if "PytorchStreamWriter" in text or "unexpected pos" in text:  # torch.save on a full disk
+        return "the checkpoint could not be written: is the disk full?"
+    return None
+
+
+def underscored(word: str) -> str:
+    """``--top-k=5`` as ``--top_k=5``: dashes and underscores are alike in a flag's name."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--") or len(name) == 2 or " " in name:
+        return word
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def shell(argv: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(a for a in argv if a not in ("--resume", "--overwrite"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser(Parser, None, prog="hrm-esp", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"hrm-esp {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = new_parser(commands.add_parser, name, name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    pretrain = command("pretrain", run_pretrain, "Train a model on text.")
+    pretrain.add_argument(
+        "corpus", nargs="*", help="text files or folders, .gz too (default: the bundled stories)"
+    )
+    groups = {name: pretrain.add_argument_group(name) for name in GROUPS}
+    groups["data"].add_argument("--val", metavar="FILE", help="text to score on, never trained on")
+    groups["model"].add_argument(
+        "--size", choices=SIZES, default="small", help="preset of the flags below (default: small)"
+    )
+    add_fields(groups, HRMConfig)
+    add_fields(groups, PretrainConfig)
+    add_device(groups["run"])
+
+    finetune = command("finetune", run_finetune, "Finetune a model on prompts and answers.")
+    finetune.add_argument(
+        "tsv", nargs="?", help="rows of prompt TAB target (default: the bundled numbers)"
+    )
+    groups = {name: finetune.add_argument_group(name) for name in GROUPS}
+    groups["data"].add_argument("--val", metavar="FILE", help="TSV to score on, not trained on")
+    groups["model"].add_argument(
+        "--ckpt", metavar="FILE", help=f"where to start (default: the pretrain run in {DEFAULT_DIR})"
+    )
+    add_fields(groups, FinetuneConfig)
+    add_device(groups["run"])
+
+    generate = command("generate", run_generate, "Write: continue a prompt, or answer it.")
+    generate.add_argument("--prompt", default="", help="what to continue or to answer")
+    add_ckpt(generate)
+    add = generate.add_argument
+    add(
+        "--mode",
+        choices=("continue", "answer"),
+        help="continue: the prompt and what follows it; answer: only the answer "
+        "(default: answer after finetuning, else continue)",
+    )
+    add("--max_new_tokens", type=int, help="bytes to write at most (default: 512)")
+    add("--min_new_tokens", type=int, default=0, help="bytes to write at least (default: 0)")
+    add("--temperature", type=float, help="0 is greedy (default: 0.8; to answer, 0)")
+    add("--top_k", type=int, default=0, help="choose among the K likeliest bytes (default: all)")
+    add("--top_p", type=float, default=1.0, help="... among those that make up P (default: 1)")
+    add("--seed", type=int, help="the same seed, the same text (default: a new one each time)")
+    add_device(generate)
+
+    evaluate = command("evaluate", run_evaluate, "Score a text, or a .tsv of prompts and targets.")
+    evaluate.add_argument("file", help="the text or .tsv, .gz too")
+    add_ckpt(evaluate)
+    evaluate.add_argument("--encoding", default="utf-8", help="of the file (default: utf-8)")
+    evaluate.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of the matrix products (default: auto)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--batch_size", type=int, default=16, help="windows scored together (default: 16)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="one JSON object")
+    add_device(evaluate)
+    return parser
+
+
+def new_parser(make: Any, name: str | None, *args: Any, **keywords: Any) -> argparse.ArgumentParser:
+    return make(  # type: ignore[no-any-return]
+        *args,
+        epilog=EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **keywords,
+    )
+
+
+def add_fields(groups: dict[str, Any], config: type) -> None:
+    """A flag for each field of a config; only those given end up among the arguments."""
+    types = {"int": int, "float": float, "str": str}
+    for f in fields(config):
+        meta = f.metadata
+        if "hidden" in meta:
+            continue
+        add = groups[meta["group"]].add_argument
+        if isinstance(f.default, bool):
+            flag = f"--no_{f.name}" if f.default else f"--{f.name}"
+            add(
+                flag,
+                dest=f.name,
+                action="store_const",
+                const=not f.default,
+                default=argparse.SUPPRESS,
+                help=meta["help"],
+            )
+            continue
+        kind = meta.get("type") or types[type(f.default).__name__]
+        text = meta["help"] if f.default is None else f"{meta['help']} (default: {f.default})"
+        keywords: dict[str, Any] = {"type": kind, "help": text, "default": argparse.SUPPRESS}
+        keywords |= {"choices": meta["choices"]} if "choices" in meta else {"metavar": "N" if kind is not str else "TEXT"}
+        add(f"--{f.name}", **keywords)
+
+
+def add_ckpt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ckpt", metavar="FILE", help=f"checkpoint (default: the newest run's best in {DEFAULT_DIR})"
+    )
+
+
+def add_device(parser: Any) -> None:
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    parser.add_argument("--cpu", action="store_true", help="the same as --device cpu")
+
+
+def from_args(config: type[Config], args: argparse.Namespace, **preset: Any) -> Config:
+    """A config of the flags given, over a preset."""
+    names = {f.name for f in fields(config)}  # type: ignore[arg-type]
+    return config(**preset | {k: v for k, v in vars(args).items() if k in names})
+
+
+def run_pretrain(args: argparse.Namespace) -> None:
+    config = from_args(HRMConfig, args, **SIZES[args.size])
+    options = from_args(PretrainConfig, args)
+
+    from .device import choose_device
+    from .training import train_lm
+
+    device = choose_device(args.device, args.cpu)
+    report(train_lm(args.corpus or [STORIES], config, options, val=args.val, device=device))
+
+
+def run_finetune(args: argparse.Namespace) -> None:
+    options = from_args(FinetuneConfig, args)
+
+    from .checkpoint import find_checkpoint
+    from .device import choose_device
+    from .training import train_ft
+
+    device = choose_device(args.device, args.cpu)
+    checkpoint = args.ckpt or find_checkpoint(stages=("pretrain",))
+    report(train_ft(args.tsv or NUMBERS, checkpoint, options, val=args.val, device=device))
+
+
+def report(result: TrainResult) -> None:
+    """What a training came to, and where it is."""
+    seen = f"{result.bytes_seen:,} bytes seen in {result.seconds:,.0f} s"
+    print(f"{seen}: {result.score}" if result.score else seen)
+    print(result.best)
+
+
+def load(args: argparse.Namespace) -> HRMModel:
+    from .checkpoint import load_model
+    from .device import choose_device
+
+    return load_model(args.ckpt, choose_device(args.device, args.cpu))
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    prompt = os.fsencode(args.prompt).decode(errors="ignore")  # argv may hold stray bytes
+    model = load(args)
+
+    from .sampling import stream
+
+    mode = args.mode or ("answer" if model.stage == "finetune" else "continue")
+    names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "seed")
+    text = stream(model, prompt, mode=mode, **{n: getattr(args, n) for n in names})
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    if mode == "continue":
+        print(prompt, end="")
+    for character in text:
+        print(character, end="", flush=True)
+    print()
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    if args.batch_size < 1:
+        raise HRMError(f"batch_size must be at least 1, not {args.batch_size}")
+    model = load(args)
+
+    from .evaluation import evaluate
+
+    score = evaluate(
+        model,
+        args.file,
+        encoding=args.encoding,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        show_progress=True,
+    )
+    print(json.dumps(asdict(score)) if args.json else score)

@@ -1,0 +1,200 @@
+"""Every hyperparameter, stated once: its name, default, meaning and the flag made from it.
+
+Nothing here imports torch, so that ``hrm-esp --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import HRMError
+
+DEFAULT_DIR = "checkpoints"
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"d_model": 128, "n_heads": 4, "n_layers_enc": 1, "n_layers_dec": 3},
+    "small": {"d_model": 256, "n_heads": 4, "n_layers_enc": 2, "n_layers_dec": 4},
+    "base": {"d_model": 512, "n_heads": 8, "n_layers_enc": 2, "n_layers_dec": 8},
+}
+
+
+def option(default: Any, group: str, text: str, **keywords: Any) -> Any:
+    """A dataclass field that is a command-line flag too.
+
+    Args:
+        default: the field's default; a ``bool`` that is true becomes the flag ``--no_<name>``.
+        group: the heading under which ``--help`` lists the flag.
+        text: the flag's help.
+        keywords: passed on to ``argparse.add_argument`` (``choices``, ``metavar``, ``type``), and
+            ``low`` / ``below``: the smallest value allowed, and a bound no value may reach.
+    """
+    return field(default=default, metadata={"group": group, "help": text, **keywords})
+
+
+def check_fields(config: Any) -> None:
+    """Raises HRMError unless every field of the dataclass keeps to its own ``choices`` and bounds."""
+    for f in fields(config):
+        value, meta = getattr(config, f.name), f.metadata
+        if value is None:
+            continue
+        if "choices" in meta and value not in meta["choices"]:
+            raise HRMError(f"{f.name} must be one of {', '.join(meta['choices'])}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise HRMError(f"{f.name} must be a finite number, not {value}")
+        if "low" in meta and value < meta["low"]:
+            raise HRMError(f"{f.name} must be at least {meta['low']}, not {value}")
+        if "above" in meta and value <= meta["above"]:
+            raise HRMError(f"{f.name} must be more than {meta['above']}, not {value}")
+        if "below" in meta and value >= meta["below"]:
+            raise HRMError(f"{f.name} must be less than {meta['below']}, not {value}")
+
+
+@dataclass(frozen=True)
+class HRMConfig:
+    """What a model is: enough to rebuild it, kept in every checkpoint.
+
+    Raises:
+        HRMError: a value out of its range, or values that do not fit together.
+    """
+
+    d_model: int = option(256, "model", "width of the residual stream", low=2)
+    n_heads: int = option(4, "model", "attention heads; must divide d_model", low=1)
+    n_layers_enc: int = option(2, "model", "blocks of the Planner", low=1)
+    n_layers_dec: int = option(4, "model", "blocks of the Executor", low=1)
+    ff_mult: int = option(4, "model", "width of the feed-forward part, in d_model", low=1)
+    max_len: int = option(512, "model", "bytes the Executor sees at once", low=8)
+    plan_dim: int = option(256, "model", "width of the plan vector", low=1)
+    gumbel: bool = option(True, "model", "a continuous plan instead of one chosen from a codebook")
+    n_plan_codes: int = option(32, "model", "codes the plan is chosen from", low=2)
+    n_plan_groups: int = option(
+        1, "model", "codebooks: the plan is one code from each, side by side", low=1
+    )
+    gumbel_hard: bool = option(
+        False, "model", "straight-through Gumbel-Softmax: exactly one code, also in training"
+    )
+    gumbel_tau: float = option(1.0, "model", "temperature of the Gumbel-Softmax", above=0)
+    positions: str = option(
+        "rotary", "model", "how a token knows its place", choices=("rotary", "learned")
+    )
+    qk_norm: bool = option(True, "model", "queries and keys without their RMS norm")
+    dropout: float = option(
+        0.0, "model", "share of activations dropped in training", low=0, below=1
+    )
+    # Not a flag of its own: finetuning decides it (FinetuneConfig.context).
+    memory: bool = field(default=False, metadata={"hidden": True})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.d_model % self.n_heads:
+            raise HRMError(
+                f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads})"
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise HRMError(
+                f"rotary positions need an even d_model / n_heads, not {self.head_dim}: "
+                "change n_heads or give --positions learned"
+            )
+        if self.plan_dim % self.n_plan_groups:
+            raise HRMError(
+                f"plan_dim ({self.plan_dim}) must be a multiple of "
+                f"n_plan_groups ({self.n_plan_groups})"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What both trainings have in common.
+
+    Raises:
+        HRMError: a value out of its range, or two lengths for one run.
+    """
+
+    epochs: int | None = option(None, "run", "train for N passes over the data", low=1, type=int)
+    steps: int | None = option(None, "run", "train for N optimizer steps", low=1, type=int)
+    minutes: float | None = option(
+        None, "run", "train for N minutes (default: 10)", above=0, type=float
+    )
+    batch_size: int = option(8, "training", "tokens a step, in units of max_len", low=1)
+    grad_accum: int = option(1, "training", "batches whose gradients make one step", low=1)
+    lr: float = option(6e-3, "training", "peak learning rate, of both optimizers", above=0)
+    optimizer: str = option(
+        "muon",
+        "training",
+        "muon: Muon for the matrices in the blocks, AdamW for the rest; adamw: AdamW for all",
+        choices=("muon", "adamw"),
+    )
+    weight_decay: float = option(
+        0.1, "training", "decoupled weight decay of the matrices in the blocks", low=0
+    )
+    warmup: int = option(50, "training", "steps in which the learning rate rises", low=0)
+    decay: float = option(
+        0.4, "training", "last share of the run, in which it falls to zero", low=0, below=1.000001
+    )
+    grad_clip: float = option(1.0, "training", "largest gradient norm; 0 is no limit", low=0)
+    codebook_penalty: float = option(
+        0.01, "training", "weight of the reward for using all codes, in nats", low=0
+    )
+    precision: str = option(
+        "auto",
+        "training",
+        "auto is bf16 where the hardware has it, else fp16 on CUDA, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    compile: bool = option(
+        False, "training", "torch.compile the blocks: slow to start, then faster"
+    )
+    val_fraction: float = option(
+        0.05, "data", "share of the data held out and never trained on", low=0, below=1
+    )
+    encoding: str = option("utf-8", "data", "of the text files: latin-1, cp1252, utf-16, ...")
+    seed: int = option(0, "run", "of the weights, the order of the data and all noise", low=0)
+    out_dir: str = option(DEFAULT_DIR, "run", "folder for the checkpoints")
+    keep: int = option(3, "run", "epoch checkpoints to keep, the newest", low=1)
+    resume: bool = option(False, "run", "go on with the run in out_dir where it stopped")
+    overwrite: bool = option(False, "run", "start anew in a folder that holds a run")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        given = [n for n in ("epochs", "steps", "minutes") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise HRMError(f"give one of --epochs, --steps and --minutes, not {len(given)}")
+        if not given:
+            object.__setattr__(self, "minutes", 10.0)
+        if self.resume and self.overwrite:
+            raise HRMError("give --resume or --overwrite, not both")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """How to pretrain."""
+
+    planner_view: str = option(
+        "same",
+        "data",
+        "the Planner reads the window being written, or the one before it",
+        choices=("same", "previous"),
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """How to finetune."""
+
+    lr: float = option(3e-3, "training", "peak learning rate, of both optimizers", above=0)
+    dropout: float = option(
+        0.1, "model", "share of activations dropped in training", low=0, below=1
+    )
+    context: str = option(
+        "memory",
+        "model",
+        "memory: the Executor also attends to the Planner's states of the prompt; "
+        "plan: it has the plan vector alone",
+        choices=("memory", "plan"),
+    )
+    gumbel: bool = option(True, "model", "drop the checkpoint's codebook: a continuous plan")

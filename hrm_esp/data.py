@@ -1,0 +1,435 @@
+"""Text to batches.
+
+A document is one non-empty line. A corpus is one stream of bytes in which a line break ends each
+document; as a target that break is EOS, as an input it is BOS: one token a byte, and the stream can
+be kept on disk and memory-mapped as it is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import HRMError
+from .tokenizer import BOS, EOS, PAD
+
+BREAK = 10  # the byte between documents
+UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
+TRACE = 5e-4  # the share of undecodable bytes that is not worth a warning
+SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
+HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
+
+Stream = np.ndarray  # uint8, (N,)
+PathLike = str | os.PathLike[str]
+
+
+@dataclass
+class TextStats:
+    """What reading met: documents, their bytes with line breaks, and bytes it could not decode."""
+
+    documents: int = 0
+    bytes: int = 0
+    undecodable: int = 0
+
+    def warn(self, name: PathLike, encoding: str) -> None:
+        """Says on stderr if more than a trace was undecodable.
+
+        Raises:
+            HRMError: so much that this is no text.
+        """
+        share = self.undecodable / max(1, self.bytes + self.undecodable)
+        if share > 0.2:
+            raise HRMError(f"{name} is not text in {encoding}: give --encoding, or another file")
+        if share > TRACE:
+            print(
+                f"warning: {name}: {self.undecodable:,} bytes ({share:.1%}) are not {encoding} and "
+                "were left out; is it --encoding latin-1?",
+                file=sys.stderr,
+            )
+
+
+def normalize(text: str) -> str:
+    """NFC, so that an accented letter is always the same bytes."""
+    return unicodedata.normalize("NFC", text)
+
+
+def open_text(path: PathLike, encoding: str) -> IO[str]:
+    """A text file, gzipped if its name ends in ``.gz``, without its byte order mark.
+
+    Raises:
+        HRMError: missing, a folder, unreadable, binary, or an unknown encoding.
+    """
+    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    try:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        file: IO[str] = opener(path, "rt", encoding=name, errors="surrogateescape")  # type: ignore[assignment]
+        if "\0" in file.read(65536):
+            raise HRMError(f"{path} is not text in {encoding}: give --encoding, or another file")
+        file.seek(0)
+    except LookupError as error:
+        raise HRMError(f"unknown encoding {encoding!r}: try utf-8, latin-1 or cp1252") from error
+    except IsADirectoryError as error:
+        raise HRMError(f"{path} is a folder: give a file") from error
+    except (UnicodeError, gzip.BadGzipFile, EOFError) as error:
+        raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
+    except OSError as error:
+        raise HRMError(f"cannot read {path}: {error.strerror}") from error
+    return file
+
+
+def load_corpus_lines(
+    path: PathLike, encoding: str = "utf-8", stats: TextStats | None = None
+) -> Iterator[str]:
+    """The non-blank lines of a text file, without their line breaks, in constant memory.
+
+    Args:
+        path: the file; ``.gz`` is unpacked. A byte order mark and CRLF are no part of a line.
+        encoding: of the file; what cannot be decoded is left out.
+        stats: counts what is read.
+
+    Raises:
+        HRMError: the file is missing, a folder, or no text.
+    """
+    stats = TextStats() if stats is None else stats
+    with open_text(path, encoding) as file:
+        try:
+            for line in file:
+                line = line.removesuffix("\n")
+                if not line.isascii() and (bad := len(UNDECODABLE.findall(line))):
+                    stats.undecodable += bad
+                    line = UNDECODABLE.sub("", line)
+                if line and not line.isspace():
+                    yield line
+        except (UnicodeError, EOFError, OSError) as error:
+            raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
+
+
+def text_files(paths: Sequence[PathLike]) -> list[Path]:
+    """The files named, and the text files in the folders named, in order.
+
+    Raises:
+        HRMError: a path that does not exist, or a folder without text.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+        if not inside:
+            raise HRMError(f"no {' or '.join(SUFFIXES)} file in the folder {path}")
+        files += inside
+    for file in files:
+        if not file.exists():
+            raise HRMError(f"no such file: {file}")
+    return files
+
+
+def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> TextStats:
+    """Writes the documents of ``files`` to ``out``, a line break after each."""
+    total = TextStats()
+    for path in files:
+        stats = TextStats()
+        for line in load_corpus_lines(path, encoding, stats):
+            data = normalize(line).encode() + b"\n"
+            stats.documents += 1
+            stats.bytes += out.write(data)
+        stats.warn(path, encoding)
+        total.documents += stats.documents
+        total.bytes += stats.bytes
+        total.undecodable += stats.undecodable
+    return total
+
+
+def load_stream(
+    paths: Sequence[PathLike], encoding: str = "utf-8", token_dir: PathLike | None = None
+) -> Stream:
+    """The token stream of some text files, memory-mapped.
+
+    Args:
+        paths: files or folders.
+        token_dir: where to keep the token file; it is used again as long as the sources are the
+            same. ``None`` keeps it for this process only.
+
+    Raises:
+        HRMError: a file that cannot be read, or no text in any.
+    """
+    files = text_files(paths)
+    if token_dir is None:
+        with tempfile.TemporaryFile() as file:
+            write_stream(files, file, encoding)
+            return map_tokens(file, 0, files)
+    sources = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    fingerprint = json.dumps([1, encoding, sources])
+    header = hashlib.sha256(fingerprint.encode()).hexdigest().encode().ljust(HEADER)
+    names = json.dumps([encoding, [name for name, _, _ in sources]])
+    path = Path(token_dir) / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.tokens"
+    if not (path.is_file() and has_header(path, header)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                file.write(header)
+                write_stream(files, file, encoding)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    return map_tokens(path, HEADER, files)
+
+
+def has_header(path: Path, header: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
+
+
+def map_tokens(file: IO[bytes] | Path, offset: int, files: Sequence[Path]) -> Stream:
+    if not isinstance(file, Path):
+        file.flush()
+    size = file.stat().st_size if isinstance(file, Path) else os.fstat(file.fileno()).st_size
+    if size <= offset:
+        raise HRMError(f"no text in {', '.join(map(str, files[:3]))}")
+    return np.memmap(file, dtype=np.uint8, mode="r", offset=offset)
+
+
+def split_stream(stream: Stream, fraction: float) -> tuple[Stream, Stream]:
+    """The stream without its tail, and the tail: about ``fraction`` of it, whole documents if it
+    holds any."""
+    cut = len(stream) - round(len(stream) * fraction)
+    for begin in range(cut, len(stream), 1 << 20):
+        (breaks,) = np.nonzero(stream[begin : begin + (1 << 20)] == BREAK)
+        if len(breaks):
+            after = begin + int(breaks[0]) + 1
+            cut = after if after < len(stream) else cut
+            break
+    return stream[:cut], stream[cut:]
+
+
+def as_inputs(window: np.ndarray) -> np.ndarray:
+    """Stream bytes as the model reads them: int64, a line break is BOS."""
+    ids = window.astype(np.int64)
+    ids[ids == BREAK] = BOS
+    return ids
+
+
+def as_targets(window: np.ndarray) -> np.ndarray:
+    """Stream bytes as the model is to write them: int64, a line break is EOS."""
+    ids = window.astype(np.int64)
+    ids[ids == BREAK] = EOS
+    return ids
+
+
+class Batch(NamedTuple):
+    """One batch: the Planner's ``prompt_ids`` (B, S), the Executor's ``y_in`` (B, T), the tokens to
+    predict ``y_out`` (B, T), PAD where there is nothing to predict, and ``reads_memory`` (B,), the
+    rows that may attend to the prompt (``None``: no row)."""
+
+    prompt_ids: Tensor
+    y_in: Tensor
+    y_out: Tensor
+    reads_memory: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+class LMDataset(Sequence[Batch]):
+    """Windows of ``max_len`` bytes of a stream, for pretraining.
+
+    The stream is taken as a ring, so that windows from any offset cover all of it. Item ``i`` is
+    the window from ``i * max_len`` on, as a batch of one.
+    """
+
+    def __init__(self, stream: Stream, max_len: int, planner_view: str = "same") -> None:
+        self.stream, self.max_len, self.planner_view = stream, max_len, planner_view
+
+    def __len__(self) -> int:
+        return -(-len(self.stream) // self.max_len)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.windows(np.array([index % len(self) * self.max_len]))
+
+    def windows(self, starts: np.ndarray) -> Batch:
+        """The windows that predict the bytes from each of ``starts`` (B,) on."""
+        reach = self.max_len if self.planner_view == "previous" else 1
+        places = np.arange(-reach, self.max_len)
+        ring = self.stream[(starts[:, None] + places) % len(self.stream)]
+        y_in, y_out = as_inputs(ring[:, reach - 1 : -1]), as_targets(ring[:, reach:])
+        read = as_inputs(ring[:, :reach] if self.planner_view == "previous" else ring[:, reach:])
+        prompt_ids = np.concatenate((np.full((len(starts), 1), BOS), read), axis=1)
+        return Batch(*map(torch.from_numpy, (prompt_ids, y_in, y_out)))
+
+    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """All windows from a fresh offset, shuffled; the same for the same seed and epoch."""
+        random = np.random.default_rng((seed, epoch))
+        starts = random.integers(len(self.stream)) + np.arange(len(self)) * self.max_len
+        random.shuffle(starts)
+        for i in range(0, len(starts), batch_size):
+            yield self.windows(starts[i : i + batch_size])
+
+    def n_batches(self, batch_size: int) -> int:
+        return -(-len(self) // batch_size)
+
+
+def dataset_lm(
+    paths: PathLike | Sequence[PathLike],
+    max_len: int = 512,
+    *,
+    planner_view: str = "same",
+    encoding: str = "utf-8",
+    token_dir: PathLike | None = None,
+) -> LMDataset:
+    """Text files as sequences of ``max_len`` tokens for pretraining.
+
+    Args:
+        paths: files or folders; ``.gz`` is unpacked.
+        planner_view: what the Planner reads, the ``same`` window or the ``previous`` one.
+        token_dir: see `load_stream`.
+
+    Raises:
+        HRMError: a file that cannot be read, or no text in any.
+    """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+    return LMDataset(load_stream(paths, encoding, token_dir), max_len, planner_view)
+
+
+class Pair(NamedTuple):
+    """A prompt and what to answer, as UTF-8; ``lm`` marks a row without a target: pure LM."""
+
+    prompt: bytes
+    target: bytes
+    lm: bool = False
+
+
+def cut(data: bytes, length: int) -> bytes:
+    """At most ``length`` bytes, never half a character."""
+    return data if len(data) <= length else data[:length].decode(errors="ignore").encode()
+
+
+def encode_prompt(prompt: str, max_len: int) -> bytes:
+    """A prompt to be answered as the Planner reads it: NFC, line breaks as spaces, cut to fit."""
+    return cut(normalize(" ".join(prompt.splitlines())).encode(), max_len)
+
+
+class TSVDataset(Sequence[Pair]):
+    """Prompt and target pairs, for finetuning."""
+
+    def __init__(self, pairs: Sequence[Pair], max_len: int) -> None:
+        self.pairs, self.max_len = pairs, max_len
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        return self.pairs[index]
+
+    def collate(self, pairs: Sequence[Pair]) -> Batch:
+        """Pairs as a batch. A row without a target is read by the Planner as an empty prompt."""
+        prompts = [[BOS, *(b"" if p.lm else p.prompt)] for p in pairs]
+        targets = [[BOS, *p.target, EOS][: self.max_len + 1] for p in pairs]
+        return Batch(
+            pad(prompts),
+            pad([t[:-1] for t in targets]),
+            pad([t[1:] for t in targets]),
+            torch.tensor([not p.lm for p in pairs]),
+        )
+
+    def groups(self, batch_size: int, order: np.ndarray) -> list[list[Pair]]:
+        """The pairs in batches of at most ``batch_size * max_len`` tokens, PAD included.
+
+        Within pools of some thousand pairs taken in ``order``, pairs of like length go together.
+        """
+        budget, batches = batch_size * self.max_len, []
+        for begin in range(0, len(order), 4096):
+            pool = [self.pairs[i] for i in order[begin : begin + 4096]]
+            pool.sort(key=lambda p: (len(p.prompt) + len(p.target), len(p.target)))
+            group: list[Pair] = []
+            widest_prompt = widest_target = 0
+            for pair in pool:
+                prompt = max(widest_prompt, len(pair.prompt) + 1)
+                target = max(widest_target, len(pair.target) + 1)
+                if group and (len(group) + 1) * (prompt + target) > budget:
+                    batches.append(group)
+                    group, prompt, target = [], len(pair.prompt) + 1, len(pair.target) + 1
+                group.append(pair)
+                widest_prompt, widest_target = prompt, target
+            batches.append(group)
+        return batches
+
+    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """All pairs once, shuffled; the same for the same seed and epoch."""
+        random = np.random.default_rng((seed, epoch))
+        groups = self.groups(batch_size, random.permutation(len(self.pairs)))
+        for i in random.permutation(len(groups)):
+            yield self.collate(groups[i])
+
+    def n_batches(self, batch_size: int) -> int:
+        """Batches of an epoch; of another, one or two more or less."""
+        return len(self.groups(batch_size, np.arange(len(self.pairs))))
+
+
+def pad(rows: list[list[int]]) -> Tensor:
+    """Rows of ids as one tensor (B, T), PAD on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+
+
+def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") -> TSVDataset:
+    """Reads ``prompt TAB target`` rows; further tabs belong to the target, blank lines are skipped.
+
+    A row without a target has its prompt as target (pure LM). A pair longer than ``max_len`` is cut,
+    and a warning counts them.
+
+    Raises:
+        HRMError: the file is missing, a folder, no text, or without a single row.
+    """
+    stats = TextStats()
+    pairs, n_cut = [], 0
+    for line in load_corpus_lines(path, encoding, stats):
+        data = normalize(line).encode()
+        stats.bytes += len(data)
+        prompt, _, target = data.partition(b"\t")
+        lm = not target.strip()
+        if lm:
+            target = prompt
+        pair = Pair(cut(prompt, max_len), cut(target, max_len), lm)
+        n_cut += len(prompt) > max_len or len(target) > max_len
+        pairs.append(pair)
+    stats.warn(path, encoding)
+    if not pairs:
+        raise HRMError(f"no rows in {path}: give one 'prompt TAB target' a line")
+    if n_cut:
+        print(
+            f"warning: {path}: {n_cut:,} of {len(pairs):,} pairs are longer than max_len "
+            f"({max_len} bytes) and were cut",
+            file=sys.stderr,
+        )
+    return TSVDataset(pairs, max_len)
+
+
+def split_pairs(data: TSVDataset, fraction: float, seed: int) -> tuple[TSVDataset, TSVDataset]:
+    """Two datasets: most rows, and about ``fraction`` of them held out, drawn by ``seed``."""
+    order = np.random.default_rng(seed).permutation(len(data))
+    n = round(len(data) * fraction)
+    held_out, kept = np.sort(order[:n]), np.sort(order[n:])
+    return (
+        TSVDataset([data[i] for i in kept], data.max_len),
+        TSVDataset([data[i] for i in held_out], data.max_len),
+    )

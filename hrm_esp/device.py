@@ -1,0 +1,52 @@
+"""Which device, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import HRMError
+
+
+def choose_device(name: str | None = None, cpu: bool = False) -> torch.device:
+    """The named device, or the best there is: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        HRMError: no such device here.
+    """
+    if cpu:
+        name = "cpu"
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise HRMError(f"no device {name!r} here: give --device cpu, or none") from error
+    return device
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware; emulated they are slower."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def choose_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """The dtype of matrix products in training and scoring; float32 means no autocast.
+
+    Raises:
+        HRMError: fp16 on a device without it.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:
+            precision = "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision, or nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)

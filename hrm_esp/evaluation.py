@@ -1,0 +1,201 @@
+"""Scoring, honestly: the Planner sees only what precedes the bytes being predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import (
+    Batch,
+    PathLike,
+    Stream,
+    TSVDataset,
+    as_inputs,
+    as_targets,
+    dataset_tsv,
+    load_stream,
+)
+from .device import autocast, choose_precision
+from .model import HRMModel
+from .sampling import answer_batch, window_start
+from .tokenizer import BOS, PAD
+
+Progress = Callable[[int], object]  # told how many bytes or rows are done
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """``n`` bytes, line breaks included, each predicted once."""
+
+    bits_per_byte: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """``n`` rows with a target, answered greedily, and the bits per target byte, ends included.
+
+    Error rates are edits per character and per word of the targets (Levenshtein).
+    """
+
+    exact_match: float
+    char_error_rate: float
+    word_error_rate: float
+    bits_per_byte: float
+    n: int
+
+
+def cross_entropy(logits: Tensor, y_out: Tensor) -> Tensor:
+    """Nats, summed. logits: (B, T, V), y_out: (B, T), PAD where nothing is to be predicted."""
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), y_out.flatten(), ignore_index=PAD, reduction="sum"
+    )
+
+
+@torch.inference_mode()
+def sum_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> float:
+    """The bits that a batch's targets cost."""
+    batch = batch.to(model.device)
+    with autocast(model.device, dtype):
+        logits, _ = model(batch.prompt_ids, batch.y_in, batch.reads_memory)
+    return cross_entropy(logits, batch.y_out).item() / math.log(2)
+
+
+def scoring_windows(stream: Stream, max_len: int, starts: Sequence[int]) -> Batch:
+    """The windows that begin at each of ``starts``, as generation would come to them.
+
+    Each predicts the bytes no earlier window predicts; the Planner reads the ``max_len`` bytes
+    before the first of them.
+    """
+    n = len(stream)
+    prompt_ids = np.full((len(starts), max_len + 1), PAD)
+    y_in, y_out = np.full((2, len(starts), max_len), PAD)
+    prompt_ids[:, 0] = BOS
+    for row, start in enumerate(starts):
+        end = min(start + max_len, n)
+        first = start + max_len // 2 if start else 0
+        read = as_inputs(stream[max(0, first - max_len) : first])
+        prompt_ids[row, 1 : len(read) + 1] = read
+        y_in[row, 0] = as_inputs(stream[start - 1 : start])[0] if start else BOS
+        y_in[row, 1 : end - start] = as_inputs(stream[start : end - 1])
+        y_out[row, first - start : end - start] = as_targets(stream[first:end])
+    width = min(max_len, n)
+    batch = prompt_ids[:, : (prompt_ids != PAD).sum(1).max()], y_in[:, :width], y_out[:, :width]
+    return Batch(*map(torch.from_numpy, batch))
+
+
+def score_stream(
+    model: HRMModel,
+    stream: Stream,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> TextScore:
+    """Bits per byte of a stream (N,), in windows of ``max_len``, ``batch_size`` at a time."""
+    training = model.training
+    model.eval()
+    max_len = model.config.max_len
+    last = window_start(len(stream), max_len)
+    starts = range(0, last + 1, max_len - max_len // 2)
+    bits = 0.0
+    # The first window alone: its Planner reads nothing, and PAD would fill the row.
+    for group in [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]:
+        batch = scoring_windows(stream, max_len, group)
+        bits += sum_bits(model, batch, dtype)
+        if progress is not None:
+            progress(int((batch.y_out != PAD).sum()))
+    model.train(training)
+    return TextScore(bits / len(stream), len(stream))
+
+
+def pair_bits(
+    model: HRMModel, data: TSVDataset, dtype: torch.dtype = torch.float32, batch_size: int = 8
+) -> float:
+    """Bits per target token of all rows, the end of each target included."""
+    training = model.training
+    model.eval()
+    bits, n = 0.0, 0
+    for pairs in data.groups(batch_size, np.arange(len(data))):
+        batch = data.collate(pairs)
+        bits += sum_bits(model, batch, dtype)
+        n += int((batch.y_out != PAD).sum())
+    model.train(training)
+    return bits / n
+
+
+def score_pairs(
+    model: HRMModel,
+    data: TSVDataset,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> PairScore:
+    """Scores pairs. Rows without a target have no answer: they count in the bits alone."""
+    training = model.training
+    model.eval()
+    rows = sorted((p for p in data if not p.lm), key=lambda p: len(p.prompt))
+    exact = char_edits = word_edits = chars = words = 0
+    # An answer of twice the longest target is wrong already.
+    room = 2 * max((len(p.target) for p in rows), default=0) + 16
+    for i in range(0, len(rows), batch_size):
+        group = rows[i : i + batch_size]
+        for pair, answer in zip(group, answer_batch(model, [p.prompt for p in group], room), strict=True):
+            target = pair.target.decode()
+            exact += answer == target
+            chars, words = chars + len(target), words + len(target.split())
+            char_edits += edit_distance(answer, target)
+            word_edits += edit_distance(answer.split(), target.split())
+        if progress is not None:
+            progress(len(group))
+    model.train(training)
+    return PairScore(
+        exact / max(1, len(rows)),
+        char_edits / max(1, chars),
+        word_edits / max(1, words),
+        pair_bits(model, data, dtype),
+        len(rows),
+    )
+
+
+def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
+    """Insertions, deletions and substitutions that turn ``a`` into ``b`` (Wagner & Fischer 1974)."""
+    if a == b:
+        return 0
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def evaluate(
+    model: HRMModel,
+    path: PathLike,
+    *,
+    encoding: str = "utf-8",
+    precision: str = "auto",
+    batch_size: int = 16,
+    show_progress: bool = False,
+) -> TextScore | PairScore:
+    """Scores a file: pairs if its name ends in ``.tsv`` or ``.tsv.gz``, else text.
+
+    Raises:
+        HRMError: a file that cannot be read, or holds nothing.
+    """
+    dtype = choose_precision(model.device, precision)
+    bar = {"leave": False, "disable": None if show_progress else True}
+    if str(path).endswith((".tsv", ".tsv.gz")):
+        data = dataset_tsv(path, model.config.max_len, encoding=encoding)
+        with tqdm(total=sum(not p.lm for p in data), unit="row", **bar) as shown:
+            return score_pairs(model, data, dtype, 4 * batch_size, shown.update)
+    text = load_stream([path], encoding)
+    with tqdm(total=len(text), unit="B", unit_scale=True, **bar) as shown:
+        return score_stream(model, text, dtype, batch_size, shown.update)

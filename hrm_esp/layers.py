@@ -1,0 +1,268 @@
+"""The parts of a Transformer: norm, positions, attention and its cache, feed-forward, blocks.
+
+Shapes: B rows, T positions, S positions attended to, D = d_model, H heads of d = D / H.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import HRMConfig
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a learned gain (Zhang & Sennrich 2019, section 4)."""
+
+    def __init__(self, d_model: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+def linear(d_in: int, d_out: int, *, zero: bool = False) -> nn.Linear:
+    """A projection without bias; ``zero`` for those that write to the residual stream."""
+    layer = nn.Linear(d_in, d_out, bias=False)
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.normal_(layer.weight, std=0.5 * d_in**-0.5)
+    return layer
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021, section 3.2), as angles looked up by position."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, capacity: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        frequency = base ** -(torch.arange(0, head_dim, 2) / head_dim)
+        angle = torch.outer(torch.arange(capacity), frequency)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions ``start`` to ``start + length``, each (length, d / 2)."""
+        return self.cos[start : start + length], self.sin[start : start + length]
+
+
+Angles = tuple[Tensor, Tensor]
+
+
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Turns each pair (x[i], x[i + d/2]) by its position's angle. x: (B, T, ..., d) -> the same."""
+    shape = (x.shape[1],) + (1,) * (x.dim() - 3) + (-1,)
+    cos, sin = (a.to(x.dtype).view(shape) for a in angles)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+class Memory(NamedTuple):
+    """What cross attention reads.
+
+    ``states`` (B, S, D); ``visible`` (B, S) is true where a position may be read, ``None`` where
+    all may. A row with no visible position reads nothing: its cross attention adds zero.
+    """
+
+    states: Tensor
+    visible: Tensor | None = None
+
+
+class KVCache:
+    """Keys and values of one attention, (B, H, capacity, d), filled from the left."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, H, T, d) keys and values; returns all so far, (B, H, S, d)."""
+        if self.keys is None or self.values is None:
+            shape = (*k.shape[:2], self.capacity, k.shape[3])
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only the given rows of the batch."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class MHA(nn.Module):
+    """Multi-head attention: self (causal or not) or cross.
+
+    Queries and keys are RMS-normalised per head (QK-norm: Henry et al. 2020; Dehghani et al.
+    2023, section 2) unless ``qk_norm`` is off, then rotated if angles are given.
+    """
+
+    def __init__(self, config: HRMConfig, *, causal: bool = False, cross: bool = False) -> None:
+        super().__init__()
+        d = config.d_model
+        self.n_heads, self.head_dim = config.n_heads, config.head_dim
+        self.qk_norm, self.causal, self.cross = config.qk_norm, causal, cross
+        if cross:
+            self.wq = linear(d, d)
+            self.wkv = linear(d, 2 * d)
+        else:
+            self.wqkv = linear(d, 3 * d)
+        self.out = linear(d, d, zero=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        angles: Angles | None = None,
+        visible: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Self attention. x: (B, T, D) -> (B, T, D).
+
+        Args:
+            angles: of the positions of ``x``.
+            visible: (B, T) bool, the keys that may be read; all by default.
+            cache: holds what came before ``x`` and takes its keys and values in.
+        """
+        qkv = self.wqkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
+        q, k = (t.transpose(1, 2) for t in self._prepare(qkv[:, :, :2], angles).unbind(2))
+        v = qkv[:, :, 2].transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        mask = None if visible is None else visible[:, None, None, :]
+        causal = self.causal and q.shape[2] > 1
+        if causal and q.shape[2] < k.shape[2]:  # SDPA's is_causal aligns the upper left corner
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
+            mask, causal = mask.tril(k.shape[2] - q.shape[2]), False
+        return self._attend(q, k, v, mask, causal)
+
+    def attend_memory(
+        self,
+        x: Tensor,
+        memory: Memory,
+        *,
+        angles: Angles | None = None,
+        memory_angles: Angles | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Cross attention. x: (B, T, D), memory.states: (B, S, D) -> (B, T, D).
+
+        Args:
+            angles, memory_angles: of the positions of ``x`` and of the memory.
+            cache: keeps the memory's keys and values after the first call.
+        """
+        q = self._prepare(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), angles)
+        if cache is not None and cache.keys is not None and cache.values is not None:
+            k, v = cache.keys, cache.values
+        else:
+            kv = self.wkv(memory.states).unflatten(-1, (2, self.n_heads, self.head_dim))
+            k = self._prepare(kv[:, :, 0], memory_angles).transpose(1, 2)
+            v = kv[:, :, 1].transpose(1, 2)
+            if cache is not None:
+                k, v = cache.append(k, v)
+        if memory.visible is None:
+            return self._attend(q.transpose(1, 2), k, v, None, False)
+        # A softmax over nothing is NaN: rows that may read nothing read all, times zero.
+        readable = memory.visible.any(1)
+        mask = (memory.visible | ~readable[:, None])[:, None, None, :]
+        read = self._attend(q.transpose(1, 2), k, v, mask, False)
+        return read * readable[:, None, None].to(read.dtype)
+
+    def _prepare(self, x: Tensor, angles: Angles | None) -> Tensor:
+        """Norm and rotation of queries or keys. (B, T, ..., d) -> the same."""
+        if self.qk_norm:
+            x = F.rms_norm(x, x.shape[-1:])
+        return x if angles is None else rotate(x, angles)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """q: (B, H, T, d), k and v: (B, H, S, d) -> (B, T, D)."""
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(read.transpose(1, 2).flatten(2))
+
+
+class FFN(nn.Module):
+    """GEGLU feed-forward (Shazeer 2020, equation 6): out(gelu(gate(x)) * up(x))."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        hidden = config.ff_mult * config.d_model
+        self.gate_up = linear(config.d_model, 2 * hidden)
+        self.out = linear(hidden, config.d_model, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.gelu(gate) * up)
+
+
+class EncoderBlock(nn.Module):
+    """Non-causal self attention and feed-forward, each normed first and added to its input."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.norm_attn = RMSNorm(config.d_model)
+        self.attn = MHA(config)
+        self.norm_ffn = RMSNorm(config.d_model)
+        self.ffn = FFN(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, angles: Angles | None, visible: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); keys where ``visible`` (B, T) is false are never read."""
+        x = x + self.dropout(self.attn(self.norm_attn(x), angles=angles, visible=visible))
+        return x + self.dropout(self.ffn(self.norm_ffn(x)))
+
+
+class BlockCache(NamedTuple):
+    """The caches of one DecoderBlock."""
+
+    own: KVCache
+    memory: KVCache
+
+
+class DecoderBlock(nn.Module):
+    """Causal self attention, cross attention where ``config.memory`` is on, feed-forward."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.norm_attn = RMSNorm(config.d_model)
+        self.attn = MHA(config, causal=True)
+        self.norm_cross = RMSNorm(config.d_model) if config.memory else None
+        self.cross = MHA(config, cross=True) if config.memory else None
+        self.norm_ffn = RMSNorm(config.d_model)
+        self.ffn = FFN(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        memory: Memory | None = None,
+        memory_angles: Angles | None = None,
+        cache: BlockCache | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); without ``memory`` the cross attention adds nothing."""
+        own = None if cache is None else cache.own
+        x = x + self.dropout(self.attn(self.norm_attn(x), angles=angles, cache=own))
+        if self.cross is not None and self.norm_cross is not None and memory is not None:
+            read = self.cross.attend_memory(
+                self.norm_cross(x),
+                memory,
+                angles=angles,
+                memory_angles=memory_angles,
+                cache=None if cache is None else cache.memory,
+            )
+            x = x + self.dropout(read)
+        return x + self.dropout(self.ffn(self.norm_ffn(x)))

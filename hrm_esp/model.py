@@ -1,0 +1,232 @@
+"""The two levels: a Planner that reads, an Executor that writes.
+
+Shapes: B rows, S prompt positions, T written positions, D = d_model, P = plan_dim,
+G codebooks of K codes, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import HRMConfig
+from .layers import (
+    Angles,
+    BlockCache,
+    DecoderBlock,
+    EncoderBlock,
+    KVCache,
+    Memory,
+    RMSNorm,
+    Rotary,
+    linear,
+)
+from .tokenizer import PAD, PLAN, VOCAB_SIZE
+
+
+class Positions(nn.Module):
+    """Where a token stands: angles for the blocks (rotary) or a vector added to it (learned)."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.capacity = config.max_len + 1  # PLAN or BOS, and max_len bytes
+        rotary = config.positions == "rotary"
+        self.rotary = Rotary(config.head_dim, self.capacity) if rotary else None
+        self.learned = None if rotary else nn.Embedding(self.capacity, config.d_model)
+        if self.learned is not None:
+            nn.init.normal_(self.learned.weight, std=0.5)
+
+    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, Angles | None]:
+        """x: (B, T, D), the embeddings of positions ``start`` to ``start + T``."""
+        end = start + x.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"{end} positions, but the model has {self.capacity}")
+        if self.learned is not None:
+            return x + self.learned.weight[start:end].to(x.dtype), None
+        return x, self.angles(start, x.shape[1])
+
+    def angles(self, start: int, length: int) -> Angles | None:
+        return None if self.rotary is None else self.rotary(start, length)
+
+
+class Codebook(nn.Module):
+    """Chooses the plan from G codebooks of K codes by Gumbel-Softmax (Jang et al. 2017, section 2).
+
+    Logits are cosines times a learned scale. In training they are sampled: softly, or hard with
+    straight-through gradients. In evaluation there is no noise: the same prompt, the same plan.
+    """
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.groups, self.n_codes = config.n_plan_groups, config.n_plan_codes
+        self.hard, self.tau = config.gumbel_hard, config.gumbel_tau
+        self.codes = nn.Parameter(
+            torch.randn(self.groups, self.n_codes, config.plan_dim // self.groups)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, P) -> the plan (B, P) and the logits (B, G * K), codebook after codebook."""
+        parts = F.normalize(x.unflatten(-1, (self.groups, -1)).float(), dim=-1)
+        codes = F.normalize(self.codes.float(), dim=-1)
+        logits = self.log_scale.exp() * torch.einsum("bgp,gkp->bgk", parts, codes)
+        return self.mix(self.weigh(logits)), logits.flatten(1)
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """Logits (B, G, K) -> the weight of each code, (B, G, K), each row summing to one."""
+        if self.training:
+            return F.gumbel_softmax(logits, self.tau, self.hard)
+        if self.hard:
+            return F.one_hot(logits.argmax(-1), self.n_codes).to(logits.dtype)
+        return (logits / self.tau).softmax(-1)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Weights (B, G, K) -> the plan, (B, P)."""
+        return torch.einsum("bgk,gkp->bgp", weights, self.codes.to(weights.dtype)).flatten(1)
+
+
+class Planner(nn.Module):
+    """A bidirectional encoder that reads a prompt and writes one plan vector."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.tok_emb = nn.Embedding(VOCAB_SIZE, config.d_model)
+        self.positions = Positions(config)
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layers_enc))
+        self.norm = RMSNorm(config.d_model)
+        self.to_plan = linear(config.d_model, config.plan_dim)
+        self.codebook = Codebook(config) if config.gumbel else None
+
+    def forward(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """prompt_ids: (B, S), PAD on the right -> the plan (B, P) and, with a codebook, its logits
+        (B, G * K)."""
+        return self.plan(self.read(prompt_ids))
+
+    def read(self, prompt_ids: Tensor) -> Memory:
+        """prompt_ids: (B, S) -> the prompt's states (B, S, D), and which of them are not PAD."""
+        visible = prompt_ids != PAD
+        if visible.all():
+            visible = None
+        x, angles = self.positions(self.tok_emb(prompt_ids))
+        for block in self.blocks:
+            x = block(x, angles, visible)
+        return Memory(self.norm(x), visible)
+
+    def plan(self, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        """States (B, S, D), mean-pooled without PAD -> plan (B, P), logits (B, G * K) or None."""
+        states, visible = memory
+        if visible is None:
+            pooled = states.mean(1)
+        else:
+            weight = visible.to(states.dtype)[..., None]
+            pooled = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+        plan = self.to_plan(pooled)
+        return (plan, None) if self.codebook is None else self.codebook(plan)
+
+
+class ExecutorCache:
+    """What the Executor has read: for each block, its keys and values; ``length`` counts PLAN."""
+
+    def __init__(self, n_layers: int, capacity: int, memory: Memory | None) -> None:
+        reads = 0 if memory is None else memory.states.shape[1]
+        self.blocks = [BlockCache(KVCache(capacity), KVCache(reads)) for _ in range(n_layers)]
+
+    @property
+    def length(self) -> int:
+        return self.blocks[0].own.length
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only the given rows of the batch."""
+        for block in self.blocks:
+            block.own.select(rows)
+            block.memory.select(rows)
+
+
+class Executor(nn.Module):
+    """A causal decoder that writes byte after byte, the plan in front as a synthetic token."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.tok_emb = nn.Embedding(VOCAB_SIZE, config.d_model)
+        self.positions = Positions(config)
+        self.from_plan = linear(config.plan_dim, config.d_model)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers_dec))
+        self.norm = RMSNorm(config.d_model)
+        self.lm_head = linear(config.d_model, VOCAB_SIZE, zero=True)
+
+    def forward(
+        self,
+        y_in: Tensor,
+        plan_vec: Tensor,
+        memory: Memory | None = None,
+        cache: ExecutorCache | None = None,
+    ) -> Tensor:
+        """y_in: (B, T), plan_vec: (B, P) -> the logits of the token after each of y_in, (B, T, V).
+
+        Args:
+            memory: the Planner's states of the prompt, read where the model has cross attention.
+            cache: what came before ``y_in``; ``[PLAN]`` is put in front only where it is empty.
+
+        Raises:
+            ValueError: more positions than ``max_len``.
+        """
+        x = self.tok_emb(y_in)
+        start = 0 if cache is None else cache.length
+        if start == 0:
+            plan = self.tok_emb.weight[PLAN] + self.from_plan(plan_vec.to(x.dtype))
+            x = torch.cat((plan[:, None].to(x.dtype), x), dim=1)
+        x, angles = self.positions(x, start)
+        memory_angles = memory and self.positions.angles(0, memory.states.shape[1])
+        for i, block in enumerate(self.blocks):
+            x = block(x, angles, memory, memory_angles, cache and cache.blocks[i])
+        if start == 0:
+            x = x[:, 1:]
+        return self.lm_head(self.norm(x))
+
+
+class HRMModel(nn.Module):
+    """Planner and Executor.
+
+    ``stage`` says what the weights were last trained for: ``pretrain`` or ``finetune``.
+    """
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stage = "pretrain"
+        self.planner = Planner(config)
+        self.executor = Executor(config)
+
+    def forward(
+        self, prompt_ids: Tensor, y_in: Tensor, reads_memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """prompt_ids: (B, S), y_in: (B, T) -> logits (B, T, V), codebook logits (B, G * K) or None.
+
+        Args:
+            reads_memory: (B,) bool, the rows whose Executor may attend to the prompt; none by
+                default. Nothing to a model without cross attention.
+        """
+        states = self.planner.read(prompt_ids)
+        plan_vec, code_logits = self.planner.plan(states)
+        memory = None
+        if self.config.memory and reads_memory is not None:
+            visible = (prompt_ids != PAD) & reads_memory[:, None]
+            memory = Memory(states.states, visible)
+        return self.executor(y_in, plan_vec, memory), code_logits
+
+    def new_cache(self, memory: Memory | None = None) -> ExecutorCache:
+        """An empty cache for the Executor, with room for PLAN and ``max_len`` tokens."""
+        return ExecutorCache(self.config.n_layers_dec, self.config.max_len + 1, memory)
+
+    @property
+    def device(self) -> torch.device:
+        return self.executor.lm_head.weight.device
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def config_dict(self) -> dict[str, object]:
+        return asdict(self.config)
