@@ -79,6 +79,13 @@ class HRMConfig:
         "rotary", "model", "how a token knows its place", choices=("rotary", "learned")
     )
     qk_norm: bool = option(True, "model", "queries and keys without their RMS norm")
+    ngram_max: int = option(
+        4, "model", "hashed n-gram embeddings of orders 2 to N; 1 is none", low=1, below=17
+    )
+    ngram_bits: int = option(14, "model", "2^N rows for each order", low=1, below=25)
+    ngram_dropout: float = option(
+        0.5, "model", "share of the n-gram vectors dropped in training", low=0, below=1
+    )
     dropout: float = option(
         0.0, "model", "share of activations dropped in training", low=0, below=1
     )
@@ -132,7 +139,7 @@ class TrainConfig:
     weight_decay: float = option(
         0.1, "training", "decoupled weight decay of the matrices in the blocks", low=0
     )
-    warmup: int = option(50, "training", "steps in which the learning rate rises", low=0)
+    warmup: int = option(10, "training", "steps in which the learning rate rises", low=0)
     decay: float = option(
         0.4, "training", "last share of the run, in which it falls to zero", low=0, below=1.000001
     )
@@ -180,6 +187,7 @@ class PretrainConfig(TrainConfig):
         "the Planner reads the window being written, or the one before it",
         choices=("same", "previous"),
     )
+    grow: bool = option(True, "training", "full windows and batches from the start")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -266,26 +266,39 @@ class LMDataset(Sequence[Batch]):
             raise IndexError(index)
         return self.windows(np.array([index % len(self) * self.max_len]))
 
-    def windows(self, starts: np.ndarray) -> Batch:
-        """The windows that predict the bytes from each of ``starts`` (B,) on."""
-        reach = self.max_len if self.planner_view == "previous" else 1
-        places = np.arange(-reach, self.max_len)
+    def windows(self, starts: np.ndarray, pieces: int = 1) -> Batch:
+        """The windows that predict the bytes from each of ``starts`` (B,) on, each cut into
+        ``pieces`` rows of equal length."""
+        length = self.max_len // pieces
+        starts = (starts[:, None] + np.arange(pieces) * length).ravel()
+        reach = length if self.planner_view == "previous" else 1
+        places = np.arange(-reach, length)
         ring = self.stream[(starts[:, None] + places) % len(self.stream)]
         y_in, y_out = as_inputs(ring[:, reach - 1 : -1]), as_targets(ring[:, reach:])
         read = as_inputs(ring[:, :reach] if self.planner_view == "previous" else ring[:, reach:])
         prompt_ids = np.concatenate((np.full((len(starts), 1), BOS), read), axis=1)
         return Batch(*map(torch.from_numpy, (prompt_ids, y_in, y_out)))
 
-    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """All windows from a fresh offset, shuffled; the same for the same seed and epoch."""
+    def batches(
+        self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0
+    ) -> Iterator[tuple[int, Batch]]:
+        """All windows from a fresh offset, shuffled; the same for the same seed and epoch.
+
+        Args:
+            size: asked before each batch for its number of windows and the pieces of each.
+            skip: windows to leave out.
+
+        Yields:
+            How many windows are behind, and the batch.
+        """
         random = np.random.default_rng((seed, epoch))
         starts = random.integers(len(self.stream)) + np.arange(len(self)) * self.max_len
         random.shuffle(starts)
-        for i in range(0, len(starts), batch_size):
-            yield self.windows(starts[i : i + batch_size])
-
-    def n_batches(self, batch_size: int) -> int:
-        return -(-len(self) // batch_size)
+        while skip < len(starts):
+            n, pieces = size()
+            batch = self.windows(starts[skip : skip + n], pieces)
+            skip = min(skip + n, len(starts))
+            yield skip, batch
 
 
 def dataset_lm(
@@ -373,16 +386,25 @@ class TSVDataset(Sequence[Pair]):
             batches.append(group)
         return batches
 
-    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """All pairs once, shuffled; the same for the same seed and epoch."""
-        random = np.random.default_rng((seed, epoch))
-        groups = self.groups(batch_size, random.permutation(len(self.pairs)))
-        for i in random.permutation(len(groups)):
-            yield self.collate(groups[i])
+    def batches(
+        self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0
+    ) -> Iterator[tuple[int, Batch]]:
+        """All pairs once, shuffled; the same for the same seed and epoch.
 
-    def n_batches(self, batch_size: int) -> int:
-        """Batches of an epoch; of another, one or two more or less."""
-        return len(self.groups(batch_size, np.arange(len(self.pairs))))
+        Args:
+            size: asked once for the tokens of a batch, in units of ``max_len``.
+            skip: pairs to leave out.
+
+        Yields:
+            How many pairs are behind, and the batch.
+        """
+        random = np.random.default_rng((seed, epoch))
+        groups = self.groups(size()[0], random.permutation(len(self.pairs)))
+        behind = 0
+        for i in random.permutation(len(groups)):
+            behind += len(groups[i])
+            if behind > skip:
+                yield behind, self.collate(groups[i])
 
 
 def pad(rows: list[list[int]]) -> Tensor:

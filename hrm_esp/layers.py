@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HRMConfig
+from .tokenizer import BOS, PAD
 
 
 class RMSNorm(nn.Module):
@@ -53,6 +54,53 @@ class Rotary(nn.Module):
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions ``start`` to ``start + length``, each (length, d / 2)."""
         return self.cos[start : start + length], self.sin[start : start + length]
+
+
+class NgramEmbedding(nn.Module):
+    """Hashed byte n-gram embeddings (Pagnoni et al. 2024, Byte Latent Transformer, section 3.2.1).
+
+    To each position the sum of one vector for each n-gram that ends there, looked up by its hash.
+    N-grams begin anew at BOS and at the window's start. In training each vector is dropped with
+    ``ngram_dropout``, the rest scaled up: rare n-grams would be learned by heart.
+    """
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.orders, self.rows = tuple(range(2, config.ngram_max + 1)), 2**config.ngram_bits
+        self.dropout = config.ngram_dropout
+        self.table = nn.EmbeddingBag(
+            len(self.orders) * self.rows, config.d_model, mode="sum", sparse=True
+        )
+        nn.init.zeros_(self.table.weight)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before its own a position's n-grams may take in."""
+        return self.orders[-1] - 1
+
+    def forward(self, ids: Tensor, before: Tensor) -> Tensor:
+        """ids: (B, T), after the tokens ``before`` (B, reach), PAD where there are none -> (B, T, D)."""
+        index = self.index(torch.cat((before, ids), dim=1))
+        weights = None
+        if self.training and self.dropout:
+            kept = torch.rand(index.shape, device=ids.device) >= self.dropout
+            weights = kept.float().div_(1 - self.dropout).flatten(0, 1)
+        return self.table(index.flatten(0, 1), per_sample_weights=weights).view(*ids.shape, -1)
+
+    def index(self, ids: Tensor) -> Tensor:
+        """ids: (B, reach + T) -> rows of the table, (B, T, orders)."""
+        n = ids.shape[1] - self.reach
+        digest = ids[:, self.reach :] + 1
+        inside = torch.ones_like(digest, dtype=torch.bool)
+        rows = []
+        for k in range(1, self.orders[-1]):
+            later = ids[:, self.reach - k + 1 : self.reach - k + 1 + n]
+            token = ids[:, self.reach - k : self.reach - k + n]
+            inside = inside & (later != BOS) & (token != PAD)
+            digest = digest * 1_000_003 + torch.where(inside, token + 1, 0)  # int64 wraps around
+            mixed = (digest ^ (digest >> 29)) * 0x9E3779B97F4A7C1 >> 24
+            rows.append(mixed % self.rows + (k - 1) * self.rows)
+        return torch.stack(rows, dim=-1)
 
 
 Angles = tuple[Tensor, Tensor]

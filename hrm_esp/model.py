@@ -20,11 +20,15 @@ from .layers import (
     EncoderBlock,
     KVCache,
     Memory,
+    NgramEmbedding,
     RMSNorm,
     Rotary,
     linear,
 )
 from .tokenizer import PAD, PLAN, VOCAB_SIZE
+
+
+EMB_STD = 1.0
 
 
 class Positions(nn.Module):
@@ -50,6 +54,29 @@ class Positions(nn.Module):
 
     def angles(self, start: int, length: int) -> Angles | None:
         return None if self.rotary is None else self.rotary(start, length)
+
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for each token, and to each token those of the n-grams it ends."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__(VOCAB_SIZE, config.d_model)
+        nn.init.normal_(self.weight, std=EMB_STD)
+        self.ngrams = NgramEmbedding(config) if config.ngram_max > 1 else None
+
+    @property
+    def reach(self) -> int:
+        """How many earlier tokens take part in an embedding."""
+        return 0 if self.ngrams is None else self.ngrams.reach
+
+    def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
+        """ids: (B, T), after the tokens ``before`` (B, reach), none by default -> (B, T, D)."""
+        x = super().forward(ids)
+        if self.ngrams is None:
+            return x
+        if before is None:
+            before = ids.new_full((len(ids), self.reach), PAD)
+        return x + self.ngrams(ids, before)
 
 
 class Codebook(nn.Module):
@@ -93,7 +120,7 @@ class Planner(nn.Module):
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
-        self.tok_emb = nn.Embedding(VOCAB_SIZE, config.d_model)
+        self.tok_emb = TokenEmbedding(config)
         self.positions = Positions(config)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layers_enc))
         self.norm = RMSNorm(config.d_model)
@@ -133,6 +160,7 @@ class ExecutorCache:
     def __init__(self, n_layers: int, capacity: int, memory: Memory | None) -> None:
         reads = 0 if memory is None else memory.states.shape[1]
         self.blocks = [BlockCache(KVCache(capacity), KVCache(reads)) for _ in range(n_layers)]
+        self.ids: Tensor | None = None  # (B, reach), the last tokens read
 
     @property
     def length(self) -> int:
@@ -143,6 +171,16 @@ class ExecutorCache:
         for block in self.blocks:
             block.own.select(rows)
             block.memory.select(rows)
+        if self.ids is not None:
+            self.ids = self.ids[rows]
+
+    def embed(self, tok_emb: TokenEmbedding, y_in: Tensor) -> Tensor:
+        """Embeds (B, T) as what follows the tokens read so far."""
+        if self.ids is None:
+            self.ids = y_in.new_full((len(y_in), tok_emb.reach), PAD)
+        x = tok_emb(y_in, self.ids)
+        self.ids = torch.cat((self.ids, y_in), dim=1)[:, y_in.shape[1] :]
+        return x
 
 
 class Executor(nn.Module):
@@ -150,7 +188,7 @@ class Executor(nn.Module):
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
-        self.tok_emb = nn.Embedding(VOCAB_SIZE, config.d_model)
+        self.tok_emb = TokenEmbedding(config)
         self.positions = Positions(config)
         self.from_plan = linear(config.plan_dim, config.d_model)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers_dec))
@@ -173,7 +211,7 @@ class Executor(nn.Module):
         Raises:
             ValueError: more positions than ``max_len``.
         """
-        x = self.tok_emb(y_in)
+        x = self.tok_emb(y_in) if cache is None else cache.embed(self.tok_emb, y_in)
         start = 0 if cache is None else cache.length
         if start == 0:
             plan = self.tok_emb.weight[PLAN] + self.from_plan(plan_vec.to(x.dtype))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Muon, Optimizer, SparseAdam
 from tqdm import tqdm
 
 from . import __version__
@@ -36,6 +36,7 @@ from .data import (
 from .device import autocast, choose_device, choose_precision
 from .errors import HRMError
 from .evaluation import PairScore, TextScore, cross_entropy, pair_bits, score_pairs, score_stream
+from .layers import NgramEmbedding
 from .model import HRMModel
 from .tokenizer import PAD
 
@@ -44,15 +45,18 @@ SCORED_LAST = 1_000_000  # ... and at the end
 ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
 N_SCORES = 8  # times a run is scored, evenly spaced
 LOG_SECONDS = 10.0  # between lines, where there is no terminal
+NGRAM_LR = 1.0
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
 class Dataset(Protocol):
-    """What the loop trains on."""
+    """What the loop trains on: ``len`` items, windows or pairs, taken in batches."""
 
-    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
 
-    def n_batches(self, batch_size: int) -> int: ...
+    def batches(
+        self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int
+    ) -> Iterator[tuple[int, Batch]]: ...
 
 
 @dataclass
@@ -61,7 +65,7 @@ class RunState:
 
     step: int = 0
     epoch: int = 0
-    batch: int = 0  # of the epoch
+    item: int = 0  # of the epoch
     bytes_seen: int = 0
     seconds: float = 0.0
     scored: int = 0  # of N_SCORES
@@ -231,8 +235,13 @@ def matrices_and_rest(model: HRMModel) -> tuple[list[Tensor], list[Tensor]]:
     """The 2-D weights inside the blocks, and all other parameters."""
     blocks = [*model.planner.blocks.parameters(), *model.executor.blocks.parameters()]
     matrices = [p for p in blocks if p.ndim == 2]
-    chosen = set(map(id, matrices))
+    chosen = {*map(id, matrices), *map(id, ngram_tables(model))}
     return matrices, [p for p in model.parameters() if id(p) not in chosen]
+
+
+def ngram_tables(model: HRMModel) -> list[Tensor]:
+    """The n-gram tables, whose gradients are sparse."""
+    return [m.table.weight for m in model.modules() if isinstance(m, NgramEmbedding)]
 
 
 def build_optimizers(model: HRMModel, options: TrainConfig) -> list[Optimizer]:
@@ -242,12 +251,15 @@ def build_optimizers(model: HRMModel, options: TrainConfig) -> list[Optimizer]:
     matrices, rest = matrices_and_rest(model)
     adamw: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.95), "fused": True}
     decay = options.weight_decay
+    tables = ngram_tables(model)
+    sparse = [SparseAdam(tables, lr=options.lr, betas=(0.9, 0.95))] if tables else []
     if options.optimizer == "adamw":
         groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0}]
-        return [AdamW(groups, **adamw)]
+        return [AdamW(groups, **adamw), *sparse]
     return [
         Muon(matrices, lr=options.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
         AdamW(rest, weight_decay=0.0, **adamw),
+        *sparse,
     ]
 
 
@@ -256,6 +268,22 @@ def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
     warm = min(1.0, (step + 1) / max(1, options.warmup))
     left = min(1.0, (1 - progress) / options.decay) if options.decay else 1.0
     return options.lr * warm * max(0.0, left)
+
+
+GROWTH = ((0.3, 4, 4), (0.7, 2, 2))
+
+
+def batch_shape(options: TrainConfig, max_len: int, progress: float) -> tuple[int, int]:
+    """Windows a batch, and the pieces each is cut into.
+
+    Short windows in small batches at first (Li et al. 2022): most of what is near is learned from
+    them at a fraction of the time.
+    """
+    if isinstance(options, PretrainConfig) and options.grow:
+        for until, fewer, pieces in GROWTH:
+            if progress < until and max_len % pieces == 0:
+                return max(1, options.batch_size // fewer), pieces
+    return options.batch_size, 1
 
 
 def codebook_penalty(code_logits: Tensor, groups: int) -> Tensor:
@@ -375,6 +403,7 @@ def fit(
     dtype = choose_precision(device, options.precision)
     optimizers = build_optimizers(model, options)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    dense = [p for part in matrices_and_rest(model) for p in part]
     state = RunState()
     settings = comparable(options) | {"data": data_id}
 
@@ -426,7 +455,10 @@ def fit(
         if options.steps is not None:
             return min(1.0, state.step / options.steps)
         assert options.epochs is not None
-        return min(1.0, (state.epoch + state.batch / n_batches) / options.epochs)
+        return min(1.0, (state.epoch + state.item / len(data)) / options.epochs)
+
+    def size() -> tuple[int, int]:
+        return batch_shape(options, model.config.max_len, progress())
 
     def train_step(group: list[Batch], lr: float) -> tuple[float, int, Tensor | None]:
         """One optimizer step over some batches; the nats, the tokens and the codes chosen."""
@@ -450,8 +482,8 @@ def fit(
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
             for param_group in optimizer.param_groups:
-                param_group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
+                param_group["lr"] = lr * (NGRAM_LR if isinstance(optimizer, SparseAdam) else 1)
+        norm = torch.nn.utils.clip_grad_norm_(dense, options.grad_clip or math.inf)
         if math.isfinite(norm.item()):
             state.skipped = 0
             for optimizer in optimizers:
@@ -471,14 +503,14 @@ def fit(
             state.best_bpb = state.val_bpb
             save("best")
 
-    n_batches = data.n_batches(options.batch_size)
     begin = time.perf_counter() - state.seconds
     model.train()
     meter = Meter(stage, state)
     with stop_signals() as stopped, meter.bar:
         while progress() < 1:
-            batches = data.batches(options.batch_size, options.seed, state.epoch)
-            for group in chunks(itertools.islice(batches, state.batch, None), options.grad_accum):
+            batches = data.batches(size, options.seed, state.epoch, state.item)
+            while taken := list(itertools.islice(batches, options.grad_accum)):
+                group = [batch for _, batch in taken]
                 lr = learning_rate(options, state.step, progress())
                 nats, n_tokens, usage = train_step(group, lr)
                 if state.skipped == MAX_SKIPPED:
@@ -487,7 +519,7 @@ def fit(
                         "try a lower --lr or --precision fp32"
                     )
                 state.step += 1
-                state.batch += len(group)
+                state.item = taken[-1][0]
                 state.bytes_seen += n_tokens
                 state.seconds = time.perf_counter() - begin
                 meter.add(nats, n_tokens, usage)
@@ -503,7 +535,7 @@ def fit(
                 if done >= 1:
                     break
             else:
-                state.epoch, state.batch = state.epoch + 1, 0
+                state.epoch, state.item = state.epoch + 1, 0
                 save(f"epoch{state.epoch}")
                 (folder / f"{stage}_epoch{state.epoch - options.keep}.pt").unlink(missing_ok=True)
                 save_state()
@@ -521,11 +553,6 @@ def fit(
 
 def rows(group: list[Batch]) -> int:
     return sum(len(b.y_out) for b in group)
-
-
-def chunks(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    while group := list(itertools.islice(batches, size)):
-        yield group
 
 
 def comparable(options: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""What the tests share: the real command, and small models with nothing left at zero."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hrm_esp.config import HRMConfig
+from hrm_esp.model import HRMModel
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+SMALL = ("--d_model", "32", "--n_heads", "2", "--n_layers_enc", "1", "--n_layers_dec", "2",
+         "--plan_dim", "16", "--n_plan_codes", "8", "--max_len", "64")  # fmt: skip
+CONFIG = HRMConfig(
+    d_model=32, n_heads=2, n_layers_enc=1, n_layers_dec=2, plan_dim=16, n_plan_codes=8, max_len=32
+)
+
+TEXT = "\n".join(
+    f"La niña {verb} {noun} en el jardín, ¿verdad? —Sí —dijo él{end}"
+    for verb in ("miró", "buscó", "pintó", "guardó", "encontró")
+    for noun in ("una piña", "el sombrero", "un pájaro", "la canción", "los años")
+    for end in (".", " otra vez.", ", y se durmió.")
+)
+PAIRS = "\n".join(f"{n}\t{'par' if n % 2 == 0 else 'impar'}" for n in range(60))
+
+
+def random_model(seed: int = 0, **changes: object) -> HRMModel:
+    """A model in evaluation mode whose every weight is random: zeros would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    model = HRMModel(replace(CONFIG, **changes))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs ``hrm-esp`` in an empty folder."""
+
+    def run(*args: object, cwd: Path = tmp_path, **keywords: object) -> Any:
+        return subprocess.run(
+            [sys.executable, "-m", "hrm_esp", *map(str, args)],
+            cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=240, **keywords,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``corpus.txt``, ``pairs.tsv`` and ``checkpoints`` of both stages, as the
+    command makes them."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
+    for args in (
+        ("pretrain", "corpus.txt", "--steps", "40", "--batch_size", "4", *SMALL),
+        ("finetune", "pairs.tsv", "--steps", "10"),
+    ):
+        subprocess.run([sys.executable, "-m", "hrm_esp", *args], cwd=folder, check=True)
+    return folder

@@ -1,0 +1,248 @@
+"""The real command, in a process of its own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import hrm_esp
+from conftest import SMALL, Run
+from hrm_esp.cli import build_parser, underscored
+
+
+def one_line_error(result: "subprocess.CompletedProcess[str]") -> str:
+    assert result.returncode == 2, result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("hrm-esp: error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert not result.stdout
+    return line
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    start = time.perf_counter()
+    code = (
+        "import sys; from hrm_esp.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert time.perf_counter() - start < 1  # 0.1 on an idle machine
+    assert out.returncode == 0 and "examples:" in out.stdout
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "generate", "evaluate"])
+def test_each_command_has_help_with_examples(run: Run, command: str) -> None:
+    out = run(command, "--help")
+    assert out.returncode == 0 and f"hrm-esp {command} " in out.stdout
+    flags = set(re.findall(r"^  (--\w+)", out.stdout, re.M))
+    assert {"--device", "--cpu"} <= flags
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"hrm-esp {hrm_esp.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--top-k", "--top_k"),
+        ("--top-k=a-b", "--top_k=a-b"),
+        ("--", "--"),
+        ("a-b", "a-b"),
+        ("-1", "-1"),
+    ],
+)
+def test_dashes_and_underscores_are_alike(given: str, expected: str) -> None:
+    assert underscored(given) == expected
+
+
+def test_every_flag_of_the_design_is_there() -> None:
+    flags = (
+        "batch_size max_len lr d_model n_heads n_layers_enc n_layers_dec plan_dim n_plan_codes "
+        "epochs steps minutes dropout cpu no_gumbel out_dir seed val val_fraction encoding "
+        "planner_view positions optimizer precision compile size device resume overwrite keep"
+    ).split()
+    text = subprocess.run(
+        [sys.executable, "-m", "hrm_esp", "pretrain", "--help"], capture_output=True, text=True
+    ).stdout
+    for flag in flags:
+        assert re.search(rf"^  --{flag}\b", text, re.M), flag
+    args = build_parser().parse_args(["pretrain", "a", "b", "--no_gumbel", "--lr", "0.1"])
+    assert (args.corpus, args.gumbel, args.lr) == (["a", "b"], False, 0.1)
+
+
+def test_the_three_jobs(trained: Path, run: Run) -> None:
+    """On the checkpoints that the command made in ``trained``."""
+    names = {p.name for p in (trained / "checkpoints").glob("*.pt")}
+    assert {"pretrain_best.pt", "pretrain_last.pt", "finetune_best.pt"} <= names
+    pretrained = ("--ckpt", trained / "checkpoints" / "pretrain_best.pt")
+    out = run("generate", "--prompt", "La niña", "--max-new-tokens", "20", "--seed", "1", *pretrained)
+    assert out.returncode == 0 and out.stdout.startswith("La niña") and not out.stderr
+    assert out.stdout == run(
+        "generate", "--prompt", "La niña", "--max_new_tokens=20", "--seed=1", *pretrained
+    ).stdout
+    answer = run("generate", "--prompt", "12", "--max_new_tokens", "9", cwd=trained)
+    assert answer.returncode == 0 and len(answer.stdout.encode()) <= 10
+    for file, keys in (
+        ("corpus.txt", {"bits_per_byte", "n"}),
+        ("pairs.tsv", {"exact_match", "char_error_rate", "word_error_rate", "bits_per_byte", "n"}),
+    ):
+        score = run("evaluate", file, "--json", cwd=trained)
+        assert json.loads(score.stdout).keys() == keys, score.stderr
+
+
+def test_progress_is_lines_on_stderr_and_results_on_stdout(trained: Path, run: Run) -> None:
+    out = run("pretrain", trained / "corpus.txt", "--steps", "3", *SMALL)
+    assert out.returncode == 0
+    assert "bits/byte" in out.stderr and "\r" not in out.stderr
+    assert "bits_per_byte" in out.stdout and "checkpoints/pretrain_best.pt" in out.stdout
+
+
+def test_python_api(trained: Path) -> None:
+    model = hrm_esp.load_model(trained / "checkpoints" / "pretrain_best.pt")
+    text = hrm_esp.generate(model, "La niña", seed=1, max_new_tokens=20)
+    assert text == "".join(hrm_esp.stream(model, "La niña", seed=1, max_new_tokens=20))
+    assert hrm_esp.evaluate(model, trained / "corpus.txt").bits_per_byte < 8
+    for name in hrm_esp.__all__:
+        assert getattr(hrm_esp, name) is not None
+    with pytest.raises(AttributeError):
+        hrm_esp.nothing  # noqa: B018
+
+
+BAD = {
+    "missing corpus": ("pretrain", "nowhere.txt"),
+    "empty corpus": ("pretrain", "empty.txt"),
+    "binary corpus": ("pretrain", "binary.txt"),
+    "folder without text": ("pretrain", "folder"),
+    "unknown encoding": ("pretrain", "text.txt", "--encoding", "klingon"),
+    "heads do not divide": ("pretrain", "text.txt", "--d_model", "30", "--n_heads", "4"),
+    "negative steps": ("pretrain", "text.txt", "--steps", "-1"),
+    "negative learning rate": ("pretrain", "text.txt", "--lr", "-0.1"),
+    "no number": ("pretrain", "text.txt", "--batch_size", "many"),
+    "two lengths": ("pretrain", "text.txt", "--steps", "1", "--minutes", "1"),
+    "unknown flag": ("pretrain", "text.txt", "--colour", "red"),
+    "no command": (),
+    "no such device": ("pretrain", "text.txt", "--device", "abacus"),
+    "missing validation text": ("pretrain", "text.txt", "--val", "nowhere.txt"),
+    "nothing to resume": ("pretrain", "text.txt", "--resume"),
+    "out_dir is a file": ("pretrain", "text.txt", "--out_dir", "text.txt"),
+    "no checkpoint yet": ("finetune", "pairs.tsv"),
+    "missing checkpoint": ("generate", "--ckpt", "nowhere.pt"),
+    "folder as checkpoint": ("generate", "--ckpt", "folder"),
+    "text as checkpoint": ("generate", "--ckpt", "text.txt"),
+    "foreign checkpoint": ("generate", "--ckpt", "foreign.pt"),
+    "broken checkpoint": ("evaluate", "text.txt", "--ckpt", "broken.pt"),
+    "negative temperature": ("generate", "--ckpt", "good.pt", "--temperature", "-1"),
+    "top_p of zero": ("generate", "--ckpt", "good.pt", "--top_p", "0"),
+    "negative length": ("generate", "--ckpt", "good.pt", "--max_new_tokens", "-5"),
+    "missing TSV": ("finetune", "nowhere.tsv", "--ckpt", "good.pt"),
+    "empty TSV": ("finetune", "empty.txt", "--ckpt", "good.pt"),
+    "binary TSV": ("finetune", "binary.txt", "--ckpt", "good.pt"),
+    "folder as TSV": ("finetune", "folder", "--ckpt", "good.pt"),
+    "TSV of blank lines": ("finetune", "blank.tsv", "--ckpt", "good.pt"),
+    "missing text": ("evaluate", "nowhere.txt", "--ckpt", "good.pt"),
+    "empty text": ("evaluate", "empty.txt", "--ckpt", "good.pt"),
+    "batch of none": ("evaluate", "text.txt", "--ckpt", "good.pt", "--batch_size", "0"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "folder").mkdir()
+    (folder / "empty.txt").touch()
+    (folder / "blank.tsv").write_text(" \n\t\n\n")
+    (folder / "text.txt").write_text("Una línea.\n", encoding="utf-8")
+    (folder / "pairs.tsv").write_text("a\tb\n")
+    (folder / "binary.txt").write_bytes(b"\x7fELF\0\0\1" * 99)
+    good = trained / "checkpoints" / "pretrain_best.pt"
+    shutil.copy(good, folder / "good.pt")
+    data = bytearray(good.read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "broken.pt").write_bytes(data)
+    torch.save({"state": torch.zeros(3)}, folder / "foreign.pt")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line(run: Run, bad_folder: Path, case: str) -> None:
+    before = sorted(bad_folder.rglob("*"))
+    line = one_line_error(run(*BAD[case], cwd=bad_folder))
+    assert "Traceback" not in line and "[Errno" not in line
+    assert sorted(bad_folder.rglob("*")) == before
+
+
+def test_a_run_in_the_folder_is_kept(trained: Path, run: Run) -> None:
+    best = trained / "checkpoints" / "pretrain_best.pt"
+    before = best.read_bytes()
+    assert "--overwrite" in one_line_error(run("pretrain", "corpus.txt", cwd=trained))
+    assert best.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written(trained: Path, run: Run) -> None:
+    line = one_line_error(run("pretrain", trained / "corpus.txt", "--out_dir", "/proc/nowhere"))
+    assert "/proc" in line
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(trained: Path, run: Run, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk."""
+    import resource
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    args = ("pretrain", trained / "corpus.txt", "--steps", "2", *SMALL)
+    assert run(*args).returncode == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.pt")}
+    out = run(*args, "--out_dir", "other", preexec_fn=limit)
+    assert out.returncode == 2 and out.stderr.splitlines()[-1].startswith("hrm-esp: error: ")
+    assert "Traceback" not in out.stderr
+    assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").glob("*.pt")} == before
+    assert not list((tmp_path / "other").glob("*.pt"))
+    assert not list((tmp_path / "other").glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_saved_and_goes_on(trained: Path, run: Run, tmp_path: Path, number: int) -> None:
+    args = ["pretrain", str(trained / "corpus.txt"), "--steps", "400", "--batch_size", "1", *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hrm_esp", *args], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "checkpoints" / "pretrain_best.pt").exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
+    saved = torch.load(tmp_path / "checkpoints" / "pretrain_last.pt", weights_only=True)["step"]
+    assert 0 < saved < 400
+    out = run(*args, "--resume")
+    assert out.returncode == 0, out.stderr
+    last = torch.load(tmp_path / "checkpoints" / "pretrain_last.pt", weights_only=True)
+    assert last["step"] == 400
+
+
+def test_a_closed_pipe_is_no_error(trained: Path) -> None:
+    command = f"{sys.executable} -m hrm_esp generate --min_new_tokens 400 | head -c 5"
+    out = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=trained, capture_output=True
+    )
+    assert b"Traceback" not in out.stderr and b"rror" not in out.stderr
+
+
+def test_stray_bytes_in_a_prompt(trained: Path, run: Run) -> None:
+    ckpt = os.fsencode(trained / "checkpoints" / "pretrain_best.pt")
+    out = subprocess.run(
+        [sys.executable, "-m", "hrm_esp", "generate", "--max_new_tokens", "5", "--ckpt", ckpt,
+         "--prompt", b"a\xff\xfeb"], capture_output=True,
+    )  # fmt: skip
+    assert out.returncode == 0 and out.stdout.startswith(b"ab")

@@ -1,0 +1,210 @@
+import gzip
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrm_esp.data import (
+    LMDataset,
+    TextStats,
+    dataset_lm,
+    dataset_tsv,
+    load_corpus_lines,
+    load_stream,
+    split_pairs,
+    split_stream,
+)
+from hrm_esp.errors import HRMError
+from hrm_esp.tokenizer import BOS, EOS, PAD, ByteTokenizer
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def ring(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def test_lines_without_mark_breaks_and_blanks(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfuno\r\n\r\n  dos \r\xc3\xb1\n \nfin")
+    assert list(load_corpus_lines(path)) == ["uno", "  dos ", "ñ", "fin"]
+
+
+def test_undecodable_bytes_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "la niña".encode("latin-1") + b"\nbien\n")
+    stats = TextStats()
+    assert list(load_corpus_lines(path, stats=stats)) == ["la nia", "bien"]
+    assert stats.undecodable == 1
+    assert list(load_corpus_lines(path, "latin-1")) == ["la niña", "bien"]
+
+
+def test_a_wrong_encoding_is_a_warning_that_names_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_stream([write(tmp_path / "a.txt", ("añoñería " * 20).encode("latin-1"))])
+    assert "--encoding latin-1" in capsys.readouterr().err
+    load_stream([write(tmp_path / "b.txt", "añoñería " * 20)])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252", "latin-1", "UTF-8"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    path = write(tmp_path / "a.txt", "¿Qué?\nAñil\n".encode(encoding))
+    assert load_stream([path], encoding).tobytes().decode() == "¿Qué?\nAñil\n"
+
+
+def test_text_is_brought_to_nfc(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", unicodedata.normalize("NFD", "canción\n"))
+    assert load_stream([path]).tobytes().decode() == "canción\n"
+
+
+def test_files_folders_and_gz_are_one_stream(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "b.txt.gz").write_bytes(gzip.compress("dos\n".encode()))
+    write(folder / "a.txt", "uno")
+    write(folder / "c.pdf", b"%PDF\0")
+    extra = write(tmp_path / "z.txt", "tres")
+    assert load_stream([folder, extra]).tobytes() == b"uno\ndos\ntres\n"
+
+
+def test_the_token_file_is_used_again_until_the_source_changes(tmp_path: Path) -> None:
+    source, folder = write(tmp_path / "a.txt", "uno\n"), tmp_path / "run"
+    load_stream([source], token_dir=folder)
+    (token_file,) = folder.iterdir()
+    built = token_file.stat()
+    load_stream([source], token_dir=folder)
+    assert token_file.stat().st_mtime_ns == built.st_mtime_ns
+    write(source, "dos\n")
+    os.utime(source, ns=(1, 1))
+    assert load_stream([source], token_dir=folder).tobytes() == b"dos\n"
+    assert list(folder.iterdir()) == [token_file]
+
+
+@given(
+    st.text(st.sampled_from("ab\n"), min_size=1).filter(str.strip),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 5),
+    st.sampled_from(["same", "previous"]),
+)
+def test_windows_cover_every_byte_as_target(
+    text: str, length: int, pieces: int, seed: int, view: str
+) -> None:
+    """Each epoch predicts every byte at least once, and none twice but to fill the last window."""
+    stream = ring("".join(f"{x}\n" for x in text.split("\n") if x).encode())
+    data = LMDataset(stream, length * pieces, view)
+    places, batches = zip(*data.batches(lambda: (3, pieces), seed, epoch=1), strict=True)
+    assert list(places) == [min(3 * (i + 1), len(data)) for i in range(len(batches))]
+    targets = np.concatenate([b.y_out.numpy().ravel() for b in batches])
+    assert len(targets) == len(data) * data.max_len < len(stream) + data.max_len
+    expected = np.where(stream == 10, EOS, stream.astype(int))
+    for token in set(expected.tolist()):
+        assert (targets == token).sum() >= (expected == token).sum()
+    for batch in batches:
+        as_target = np.where(batch.y_in == BOS, EOS, batch.y_in)
+        assert (as_target[:, 1:] == batch.y_out[:, :-1].numpy()).all()
+        assert batch.y_in.shape[1] == length
+        assert batch.prompt_ids.shape == (len(batch.y_in), length + 1)
+        assert (batch.prompt_ids[:, 0] == BOS).all()
+        if view == "same":
+            as_target = np.where(batch.prompt_ids == BOS, EOS, batch.prompt_ids)
+            assert (as_target[:, 1:] == batch.y_out.numpy()).all()
+    rest = list(data.batches(lambda: (3, pieces), seed, epoch=1, skip=3))
+    assert [n for n, _ in rest] == list(places)[1:]
+    for (_, a), b in zip(rest, batches[1:], strict=True):
+        assert (a.y_in == b.y_in).all()
+
+
+def test_the_previous_view_ends_where_the_window_begins() -> None:
+    batch = LMDataset(ring(b"0123456789\n"), 4, "previous").windows(np.array([4]))
+    decode = ByteTokenizer().decode
+    assert decode(batch.prompt_ids[0].tolist()) == "0123"
+    assert decode(batch.y_in[0].tolist()) == "3456"
+    assert decode(batch.y_out[0].tolist()) == "4567"
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    data = LMDataset(ring(bytes(range(48, 120)) + b"\n"), 8)
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return [r for _, b in data.batches(lambda: (2, 1), seed, epoch) for r in b.y_out.tolist()]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) != order(1, 1)
+
+
+def test_dataset_lm_is_a_sequence_of_windows(tmp_path: Path) -> None:
+    data = dataset_lm(write(tmp_path / "a.txt", "abcdefghij\n"), max_len=4)
+    assert [ByteTokenizer().decode(b.y_out[0].tolist()) for b in data] == ["abcd", "efgh", "ija"]
+
+
+def test_the_held_out_tail_is_whole_documents() -> None:
+    stream = ring(b"aaaa\nbbbb\ncccc\ndddd\n")
+    train, held_out = split_stream(stream, 0.4)
+    assert train.tobytes() == b"aaaa\nbbbb\ncccc\n" and held_out.tobytes() == b"dddd\n"
+    train, held_out = split_stream(ring(b"abcdefghi\n"), 0.2)
+    assert train.tobytes() + held_out.tobytes() == b"abcdefghi\n" and len(held_out) == 2
+    assert len(split_stream(stream, 0)[1]) == 0
+
+
+def test_rows_of_a_tsv(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", "uno\t1\n\ndos\tsí\tno\nsolo\nvacío\t\n\trespuesta\n")
+    rows = [(p.prompt.decode(), p.target.decode(), p.lm) for p in dataset_tsv(path)]
+    assert rows == [
+        ("uno", "1", False),
+        ("dos", "sí\tno", False),
+        ("solo", "solo", True),
+        ("vacío", "vacío", True),
+        ("", "respuesta", False),
+    ]
+
+
+def test_long_pairs_are_cut_between_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = dataset_tsv(write(tmp_path / "a.tsv", "ñññññ\tsí\nno\tññññññ\n"), max_len=9)
+    assert [p.prompt.decode() for p in data] == ["ññññ", "no"]
+    assert "2 of 2 pairs" in capsys.readouterr().err
+    batch = data.collate(data.pairs)
+    assert batch.y_in.shape[1] <= 9 and (batch.y_out[1] != PAD).sum() == 9
+
+
+@given(st.lists(st.tuples(st.text("añ", max_size=30), st.text("bé", min_size=1)), min_size=1))
+def test_every_pair_is_in_one_batch(rows: list[tuple[str, str]]) -> None:
+    from hrm_esp.data import Pair, TSVDataset
+
+    pairs = [Pair(p.encode(), t.encode()) for p, t in rows]
+    data = TSVDataset(pairs, max_len=64)
+    seen = []
+    places = []
+    for place, batch in data.batches(lambda: (2, 1), seed=1, epoch=0):
+        places.append(place)
+        decode = ByteTokenizer().decode
+        assert batch.prompt_ids.numel() + batch.y_in.numel() <= 2 * 64 or len(batch.y_in) == 1
+        for prompt, y_in, y_out in zip(batch.prompt_ids, batch.y_in, batch.y_out, strict=True):
+            assert y_in[0] == BOS and y_out[y_out != PAD][-1] == EOS
+            seen.append((decode(prompt.tolist()).encode(), decode(y_out.tolist()).encode()))
+        assert place == len(seen)
+    assert sorted(seen) == sorted((p.prompt, p.target) for p in pairs)
+    rest = data.batches(lambda: (2, 1), seed=1, epoch=0, skip=places[0])
+    assert [place for place, _ in rest] == places[1:]
+
+
+def test_held_out_rows_are_others(tmp_path: Path) -> None:
+    data = dataset_tsv(write(tmp_path / "a.tsv", "".join(f"{i}\tx\n" for i in range(50))))
+    kept, held_out = split_pairs(data, 0.2, seed=3)
+    assert (len(kept), len(held_out)) == (40, 10)
+    assert sorted([*kept, *held_out]) == sorted(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \n", b"\0\1\2" * 50, bytes(range(128, 256)) * 9])
+def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(HRMError):
+        load_stream([write(tmp_path / "a.txt", data)])

@@ -1,0 +1,109 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import random_model
+from hrm_esp.data import Pair, TSVDataset
+from hrm_esp.evaluation import edit_distance, evaluate, pair_bits, score_pairs, score_stream
+from hrm_esp.model import HRMModel
+from hrm_esp.sampling import window_start
+from hrm_esp.tokenizer import BOS, EOS
+
+TEXT = "Érase una vez un gato.\nEl gato dormía mucho; y soñaba.\nFin: el año acabó.\n"
+
+
+def stream(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def bits_one_by_one(model: HRMModel, text: str) -> float:
+    """Each byte alone: the Executor's window before it, the Planner's text before that window's
+    first new byte."""
+    data, max_len = text.encode(), model.config.max_len
+    as_input = [BOS, *(BOS if b == 10 else b for b in data)]
+    bits = 0.0
+    for i, byte in enumerate(data):
+        start = window_start(i + 1, max_len)
+        first = start + max_len // 2 if start else 0
+        plan, _ = model.planner(torch.tensor([[BOS, *as_input[1 + max(0, first - max_len) : 1 + first]]]))
+        logits = model.executor(torch.tensor([as_input[start : i + 1]]), plan)[0, -1]
+        bits -= logits.log_softmax(-1)[EOS if byte == 10 else byte].item() / math.log(2)
+    return bits / len(data)
+
+
+@pytest.mark.parametrize("kind", [{}, {"positions": "learned", "gumbel": False}, {"memory": True}], ids=str)
+@pytest.mark.parametrize("text", ["a\n", TEXT[:31] + "\n", TEXT])
+def test_a_text_scores_as_one_byte_at_a_time(kind: dict[str, object], text: str) -> None:
+    model = random_model(**kind)
+    with torch.inference_mode():
+        expected = bits_one_by_one(model, text)
+    for batch_size in (1, 3, 16):
+        score = score_stream(model, stream(text), batch_size=batch_size)
+        assert score.n == len(text.encode())
+        assert score.bits_per_byte == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_byte_is_seen_before_it_is_predicted() -> None:
+    """Were the plan made from the scored text, a change at the end would change earlier scores."""
+    model = random_model()
+    text = TEXT * 3
+    for end in range(20, 200, 13):
+        ends = (stream(text[:end] + last) for last in "ab")
+        one, other = (s.bits_per_byte * s.n for s in (score_stream(model, e) for e in ends))
+        base = score_stream(model, stream(text[:end]))
+        last_bits = [x - base.bits_per_byte * base.n for x in (one, other)]
+        assert 2.0 ** -last_bits[0] + 2.0 ** -last_bits[1] <= 1 + 1e-3  # two outcomes of one choice
+
+
+def test_pairs_score_alike_whatever_the_batch() -> None:
+    model = random_model(memory=True)
+    pairs = [Pair(b"uno" * n, b"dos tres"[: n + 1], lm=n == 2) for n in range(7)]
+    data = TSVDataset(pairs, 32)
+    scores = [score_pairs(model, data, batch_size=b) for b in (1, 3, 64)]
+    bits = [pair_bits(model, data, batch_size=b) for b in (1, 3, 64)]
+    assert scores[0].n == 6
+    assert max(bits) - min(bits) < 1e-4
+    for score in scores[1:]:
+        assert score.exact_match == scores[0].exact_match
+        assert score.char_error_rate == pytest.approx(scores[0].char_error_rate)
+
+
+def test_exact_match_counts_the_answers_written() -> None:
+    from hrm_esp.sampling import answer_batch
+
+    model = random_model(memory=True)
+    prompts = [b"uno", b"dos", b"tres"]
+    answers = [a.encode() for a in answer_batch(model, prompts, 8)]
+    pairs = [Pair(p, a) for p, a in zip(prompts, answers, strict=True)]
+    data = TSVDataset([*pairs, Pair(b"uno", b"otra cosa")], 32)
+    rows = [p for p in data.pairs if len(p.target) < 8] or data.pairs[-1:]
+    score = score_pairs(model, TSVDataset(rows, 32))
+    assert score.exact_match == pytest.approx((len(rows) - 1) / len(rows))
+
+
+def levenshtein(a: str, b: str) -> int:
+    if not a or not b:
+        return len(a) + len(b)
+    return min(
+        levenshtein(a[1:], b) + 1,
+        levenshtein(a, b[1:]) + 1,
+        levenshtein(a[1:], b[1:]) + (a[0] != b[0]),
+    )
+
+
+@given(st.text("abñ", max_size=5), st.text("abñ", max_size=5))
+def test_edit_distance_is_the_recursive_one(a: str, b: str) -> None:
+    assert edit_distance(a, b) == levenshtein(a, b)
+
+
+def test_a_file_is_scored_by_its_name(tmp_path: Path) -> None:
+    model = random_model()
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "a.tsv").write_text("uno\tdos\n", encoding="utf-8")
+    assert evaluate(model, tmp_path / "a.txt").n == len(TEXT.encode())
+    assert hasattr(evaluate(model, tmp_path / "a.tsv"), "exact_match")

@@ -1,0 +1,231 @@
+"""What must hold whatever the weights: all are random here."""
+
+import itertools
+
+import pytest
+import torch
+
+from conftest import CONFIG, random_model
+from hrm_esp.config import HRMConfig
+from hrm_esp.errors import HRMError
+from hrm_esp.layers import MHA, FFN, Memory, RMSNorm, Rotary, rotate
+from hrm_esp.model import HRMModel
+from hrm_esp.tokenizer import BOS, PAD
+
+KINDS = [
+    {},
+    {"positions": "learned"},
+    {"qk_norm": False},
+    {"gumbel": False},
+    {"gumbel_hard": True, "n_plan_groups": 2},
+    {"memory": True},
+    {"memory": True, "positions": "learned"},
+]
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = BOS
+    return ids
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm_has_unit_size_and_a_gain() -> None:
+    norm = RMSNorm(8)
+    x = 5 * torch.randn(3, 4, 8)
+    close(norm(x).pow(2).mean(-1), torch.ones(3, 4))
+    with torch.no_grad():
+        norm.weight.mul_(3)
+    close(norm(x), 3 * x / x.pow(2).mean(-1, keepdim=True).sqrt())
+
+
+def test_ffn_is_geglu() -> None:
+    model = random_model()
+    ffn = model.executor.blocks[0].ffn
+    assert isinstance(ffn, FFN)
+    x = torch.randn(2, 3, 32)
+    gate, up = ffn.gate_up.weight.chunk(2)
+    gelu = torch.nn.functional.gelu(x @ gate.T)
+    close(ffn(x), (gelu * (x @ up.T)) @ ffn.out.weight.T)
+
+
+def test_rotation_keeps_length_and_depends_on_distance_alone() -> None:
+    angles = Rotary(8, 64)
+    q, k = torch.randn(2, 1, 1, 8)
+
+    def product(i: int, j: int) -> torch.Tensor:
+        return (rotate(q[None], angles(i, 1)) * rotate(k[None], angles(j, 1))).sum()
+
+    close(product(3, 7), product(40, 44))
+    assert (product(3, 7) - product(3, 8)).abs() > 1e-3
+    close(rotate(q[None], angles(9, 1)).norm(), q.norm())
+
+
+def plain_attention(
+    attention: MHA, x: torch.Tensor, source: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention by the book (Vaswani et al. 2017, equation 1), head by head, QK-norm on."""
+    d, n = attention.head_dim, attention.n_heads
+    if attention.cross:
+        wq, (wk, wv) = attention.wq.weight, attention.wkv.weight.chunk(2)
+    else:
+        wq, wk, wv = attention.wqkv.weight.chunk(3)
+    heads = []
+    for h in range(n):
+        part = slice(h * d, (h + 1) * d)
+        q, k, v = x @ wq[part].T, source @ wk[part].T, source @ wv[part].T
+        q, k = (t / t.pow(2).mean(-1, keepdim=True).sqrt() for t in (q, k))
+        scores = q @ k.transpose(-1, -2) / d**0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        heads.append(scores.softmax(-1) @ v)
+    return torch.cat(heads, -1) @ attention.out.weight.T
+
+
+def test_attention_is_that_of_the_paper() -> None:
+    blocks = random_model(memory=True)
+    x, other = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    causal = blocks.executor.blocks[0].attn
+    close(causal(x), plain_attention(causal, x, x, torch.ones(5, 5).tril().bool()))
+    full = blocks.planner.blocks[0].attn
+    close(full(x), plain_attention(full, x, x, None))
+    cross = blocks.executor.blocks[0].cross
+    close(cross.attend_memory(x, Memory(other)), plain_attention(cross, x, other, None))
+    visible = torch.tensor([[True] * 4 + [False] * 3, [False] * 7])
+    masked = cross.attend_memory(x, Memory(other, visible))
+    close(masked[:1], plain_attention(cross, x[:1], other[:1, :4], None))
+    assert (masked[1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_padding_changes_nothing(kind: dict[str, object]) -> None:
+    model = random_model(**kind)
+    prompt, y_in, reads = tokens(3, 9), tokens(3, 12, seed=1), torch.ones(3, dtype=torch.bool)
+    logits, codes = model(prompt, y_in, reads)
+    padded = torch.cat((prompt, torch.full((3, 6), PAD)), 1)
+    y_padded = torch.cat((y_in, torch.full((3, 4), PAD)), 1)
+    padded_logits, padded_codes = model(padded, y_padded, reads)
+    close(padded_logits[:, :12], logits)
+    if codes is not None:
+        close(padded_codes, codes)
+    # A short row beside a long one is as it is alone.
+    mixed = prompt.clone()
+    mixed[0, 5:] = PAD
+    close(model(mixed, y_in, reads)[0][0], model(mixed[:1, :5], y_in[:1], reads[:1])[0][0])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_no_logit_sees_a_later_byte(kind: dict[str, object]) -> None:
+    model = random_model(**kind)
+    prompt, y_in, reads = tokens(2, 9), tokens(2, 16, seed=1), torch.ones(2, dtype=torch.bool)
+    before, _ = model(prompt, y_in, reads)
+    for place in (3, 10, 15):
+        changed = y_in.clone()
+        changed[:, place:] = (changed[:, place:] + 1) % 256
+        after, _ = model(prompt, changed, reads)
+        close(after[:, :place], before[:, :place])
+        assert not torch.allclose(after[:, place], before[:, place], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_cached_equals_uncached_in_pieces_of_any_size(kind: dict[str, object]) -> None:
+    model = random_model(**kind)
+    y_in = tokens(2, 24, seed=1)
+    memory = model.planner.read(tokens(2, 9)) if model.config.memory else None
+    plan, _ = model.planner(tokens(2, 9))
+    whole = model.executor(y_in, plan, memory)
+    cache = model.new_cache(memory)
+    pieces = [
+        model.executor(piece, plan, memory, cache) for piece in y_in.split([7, 1, 1, 5, 10], dim=1)
+    ]
+    close(torch.cat(pieces, 1), whole)
+
+
+@pytest.mark.parametrize("gumbel", [True, False])
+def test_the_plan_reaches_every_logit(gumbel: bool) -> None:
+    model = random_model(gumbel=gumbel)
+    y_in = tokens(1, 5)
+    one, other = (model(tokens(1, 9, seed=s), y_in)[0] for s in (1, 2))
+    assert ((one - other).abs().amax(-1) > 1e-4).all()
+
+
+def test_memory_is_read_only_where_allowed() -> None:
+    model = random_model(memory=True)
+    prompt, y_in = tokens(2, 9), tokens(2, 5)
+    reads = torch.tensor([True, False])
+    some, none = model(prompt, y_in, reads)[0], model(prompt, y_in)[0]
+    close(some[1], none[1])
+    assert not torch.allclose(some[0], none[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_codebook(hard: bool, groups: int) -> None:
+    model = random_model(gumbel_hard=hard, n_plan_groups=groups)
+    prompt = tokens(4, 9)
+    plan, logits = model.planner(prompt)
+    assert plan.shape == (4, CONFIG.plan_dim) and logits.shape == (4, groups * CONFIG.n_plan_codes)
+    assert torch.equal(plan, model.planner(prompt)[0])  # the same prompt, the same plan
+    codes = model.planner.codebook.codes
+    if hard:  # one code of each group, whole
+        for row, g in itertools.product(range(4), range(groups)):
+            part = plan[row].view(groups, -1)[g]
+            assert (codes[g] == part).all(-1).any()
+    model.train()
+    assert not torch.equal(model.planner(prompt)[0], model.planner(prompt)[0])
+    model(prompt, tokens(4, 5))[0].square().sum().backward()
+    for p in (codes, model.planner.tok_emb.weight, model.planner.to_plan.weight):
+        assert p.grad is not None and p.grad.abs().sum() > 0
+
+
+def test_a_new_model_predicts_all_bytes_alike() -> None:
+    """Residual outputs and lm_head start at zero: the function starts at uniform."""
+    logits, _ = HRMModel(CONFIG)(tokens(2, 9), tokens(2, 5))
+    assert (logits == 0).all()
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = random_model(dropout=0.5)
+    prompt, y_in = tokens(1, 9), tokens(1, 5)
+    assert torch.equal(model(prompt, y_in)[0], model(prompt, y_in)[0])
+    model.train()
+    assert not torch.equal(model(prompt, y_in)[0], model(prompt, y_in)[0])
+
+
+def test_too_many_positions_are_refused() -> None:
+    model = random_model()
+    with pytest.raises(ValueError, match="positions"):
+        model(tokens(1, 9), tokens(1, CONFIG.max_len + 1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"d_model": 30, "n_heads": 4},
+        {"d_model": 0},
+        {"n_heads": -2},
+        {"d_model": 12, "n_heads": 4},
+        {"dropout": 1.0},
+        {"positions": "none"},
+        {"plan_dim": 10, "n_plan_groups": 3},
+        {"gumbel_tau": float("nan")},
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_be(wrong: dict[str, object]) -> None:
+    with pytest.raises(HRMError):
+        HRMConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("tiny", 1.1), ("small", 6.5), ("base", 42.0)], ids=str
+)
+def test_sizes(size: str, millions: float) -> None:
+    from hrm_esp.config import SIZES
+
+    with torch.device("meta"):
+        n = HRMModel(HRMConfig(**SIZES[size])).n_parameters()
+    assert n == pytest.approx(1e6 * millions, rel=0.15)

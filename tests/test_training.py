@@ -1,0 +1,298 @@
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import CONFIG, PAIRS, TEXT, random_model
+from hrm_esp import training
+from hrm_esp.checkpoint import Checkpoint, load_checkpoint
+from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
+from hrm_esp.data import LMDataset, Pair, TSVDataset
+from hrm_esp.errors import HRMError
+from hrm_esp.training import (
+    Interrupted,
+    build_optimizers,
+    codebook_penalty,
+    learning_rate,
+    matrices_and_rest,
+    model_to_finetune,
+    train_ft,
+    train_lm,
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "corpus.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
+    return tmp_path / "corpus.txt"
+
+
+def options(folder: Path, **changes: object) -> PretrainConfig:
+    keywords = {"out_dir": str(folder), "batch_size": 4, "precision": "fp32"} | changes
+    if not keywords.keys() & {"steps", "epochs", "minutes"}:
+        keywords["steps"] = 6
+    return PretrainConfig(**keywords)  # type: ignore[arg-type]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path).weights
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_training_learns_and_says_so_honestly(corpus: Path, tmp_path: Path) -> None:
+    short = train_lm(corpus, CONFIG, options(tmp_path / "a", steps=2))
+    long = train_lm(corpus, CONFIG, options(tmp_path / "b", steps=120))
+    assert short.score and long.score
+    assert long.score.bits_per_byte < 2.6 < short.score.bits_per_byte < 8.1
+    assert long.bytes_seen > 100 * 4 * 30
+
+
+def test_the_files_of_a_run(corpus: Path, tmp_path: Path) -> None:
+    result = train_lm(corpus, CONFIG, options(tmp_path / "run", epochs=5, keep=2))
+    names = sorted(p.name for p in (tmp_path / "run").glob("*.pt"))
+    kinds = ("best", "epoch4", "epoch5", "last", "state")
+    assert names == [f"pretrain_{kind}.pt" for kind in kinds]
+    last = load_checkpoint(result.last)
+    assert (last.step, last.bytes_seen) == (result.steps, result.bytes_seen)
+    assert same(weights(tmp_path / "run" / "pretrain_epoch5.pt"), last.weights)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(corpus: Path, tmp_path: Path) -> None:
+    a, b, c = (
+        train_lm(corpus, CONFIG, options(tmp_path / str(i), seed=seed)).last
+        for i, seed in enumerate((1, 1, 2))
+    )
+    assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resumed_equals_uninterrupted(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """Stopped in the second epoch, by the signal a cluster sends; dropout and Gumbel noise on."""
+    config = replace(CONFIG, dropout=0.2)
+    keywords = {"steps": 20, "optimizer": optimizer, "grad_accum": 2, "batch_size": 2}
+    whole = train_lm(corpus, config, options(tmp_path / "whole", **keywords))
+    signals = iter([False] * 13 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stop_signals", lambda: _Yielding(lambda: next(signals)))
+        with pytest.raises(Interrupted):
+            train_lm(corpus, config, options(tmp_path / "part", **keywords))
+    assert load_checkpoint(tmp_path / "part" / "pretrain_last.pt").step == 14
+    part = train_lm(corpus, config, options(tmp_path / "part", resume=True, **keywords))
+    assert same(weights(whole.last), weights(part.last))
+    assert whole.bytes_seen == part.bytes_seen
+    assert same(weights(whole.best), weights(part.best))
+
+
+class _Yielding:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __enter__(self) -> object:
+        return self.value
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_resuming_something_else_is_refused(corpus: Path, tmp_path: Path) -> None:
+    train_lm(corpus, CONFIG, options(tmp_path / "run"))
+    for config, changes, word in (
+        (CONFIG, {"lr": 1e-4}, "--lr"),
+        (replace(CONFIG, d_model=16), {}, "model"),
+    ):
+        with pytest.raises(HRMError, match=word):
+            train_lm(corpus, config, options(tmp_path / "run", resume=True, **changes))
+    corpus.write_text(TEXT + "\nmás", encoding="utf-8")
+    with pytest.raises(HRMError, match="data"):
+        train_lm(corpus, CONFIG, options(tmp_path / "run", resume=True))
+
+
+def test_a_run_is_not_overwritten_unasked(corpus: Path, tmp_path: Path) -> None:
+    first = train_lm(corpus, CONFIG, options(tmp_path / "run", epochs=2))
+    before = first.last.read_bytes()
+    with pytest.raises(HRMError, match="--overwrite"):
+        train_lm(corpus, CONFIG, options(tmp_path / "run"))
+    # Not even then, if the new run cannot begin.
+    with pytest.raises(HRMError):
+        train_lm(tmp_path / "missing.txt", CONFIG, options(tmp_path / "run", overwrite=True))
+    assert first.last.read_bytes() == before
+    train_lm(corpus, CONFIG, options(tmp_path / "run", overwrite=True, steps=3))
+    assert not (tmp_path / "run" / "pretrain_epoch2.pt").exists()
+
+
+def test_finetuning_starts_from_the_same_function(corpus: Path) -> None:
+    model = random_model()
+    start = Checkpoint(model.config, model.state_dict(), "pretrain")
+    tuned = model_to_finetune(start, FinetuneConfig()).eval()
+    assert tuned.config.memory
+    prompt, y_in = torch.randint(0, 256, (2, 3, 9))
+    reads = torch.ones(3, dtype=torch.bool)
+    torch.testing.assert_close(tuned(prompt, y_in, reads)[0], model(prompt, y_in)[0])
+    with_plan = model_to_finetune(start, FinetuneConfig(context="plan"))
+    assert not with_plan.config.memory and with_plan.config.dropout == 0.1
+    assert not model_to_finetune(start, FinetuneConfig(gumbel=False)).config.gumbel
+    memory = Checkpoint(tuned.config, tuned.state_dict(), "finetune")
+    assert model_to_finetune(memory, FinetuneConfig()).config.memory
+    with pytest.raises(HRMError, match="--context memory"):
+        model_to_finetune(memory, FinetuneConfig(context="plan"))
+
+
+@pytest.mark.parametrize("context", ["memory", "plan"])
+def test_finetuning_learns_from_the_prompt(corpus: Path, tmp_path: Path, context: str) -> None:
+    start = train_lm(corpus, CONFIG, options(tmp_path / "run", steps=30))
+    tuning = FinetuneConfig(
+        steps=150, batch_size=16, context=context, out_dir=str(tmp_path / "run"), dropout=0.0
+    )
+    result = train_ft(tmp_path / "pairs.tsv", start.last, tuning, val=tmp_path / "pairs.tsv")
+    assert result.score and result.score.exact_match > 0.85  # by chance: 0.5
+    assert load_checkpoint(result.best).config.memory == (context == "memory")
+    assert load_checkpoint(result.best).stage == "finetune"
+
+
+def test_the_loss_is_on_the_target_alone() -> None:
+    """A prompt byte is never a target: y_out holds the target and its end."""
+    data = TSVDataset([Pair(b"preg", b"resp"), Pair(b"solo", b"solo", lm=True)], 32)
+    batch = data.collate(data.pairs)
+    assert bytes(batch.y_out[0, :4].tolist()) == b"resp" and batch.y_out[0, 4] == 258
+    assert batch.reads_memory is not None and batch.reads_memory.tolist() == [True, False]
+    assert (batch.prompt_ids[1, 1:] == 256).all()  # a row without a target shows the Planner nothing
+
+
+def test_all_matrices_of_the_blocks_go_to_muon() -> None:
+    model = random_model(memory=True)
+    matrices, rest = matrices_and_rest(model)
+    assert len(matrices) + len(rest) == len(list(model.parameters()))
+    names = {id(p): n for n, p in model.named_parameters()}
+    for p in matrices:
+        assert "blocks" in names[id(p)] and p.ndim == 2
+    for p in rest:
+        assert "blocks" not in names[id(p)] or "norm" in names[id(p)]
+    muon, adamw = build_optimizers(model, PretrainConfig())
+    assert type(muon).__name__ == "Muon" and type(adamw).__name__ == "AdamW"
+    (alone,) = build_optimizers(model, PretrainConfig(optimizer="adamw"))
+    assert type(alone).__name__ == "AdamW"
+
+
+def test_warm_up_stable_decay() -> None:
+    run = PretrainConfig(lr=1.0, warmup=10, decay=0.5)
+    assert learning_rate(run, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(run, 9, 0.1) == learning_rate(run, 500, 0.5) == 1.0
+    assert learning_rate(run, 500, 0.75) == pytest.approx(0.5)
+    assert learning_rate(run, 500, 1.0) == 0.0
+
+
+def test_the_penalty_wants_even_use_and_sure_choices() -> None:
+    sure_and_even = 50.0 * torch.eye(4).repeat(2, 1)
+    sure_and_same = 50.0 * torch.eye(4)[:1].repeat(8, 1)
+    blurred = torch.zeros(8, 4)
+    assert codebook_penalty(sure_and_even, 1) == pytest.approx(0, abs=1e-4)
+    for bad in (sure_and_same, blurred):
+        assert codebook_penalty(bad, 1) == pytest.approx(math.log(4), abs=1e-4)
+    both = torch.cat((sure_and_even, sure_and_same), 1)
+    assert codebook_penalty(both, 2) == pytest.approx(math.log(4) / 2, abs=1e-4)
+
+
+def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None:
+    """Without noise, two batches of 2 windows make the step of one of 4."""
+    config = replace(CONFIG, gumbel=False)
+    one = train_lm(corpus, config, options(tmp_path / "a", steps=3, optimizer="adamw"))
+    two = train_lm(
+        corpus, config, options(tmp_path / "b", steps=3, batch_size=2, grad_accum=2, optimizer="adamw")
+    )
+    for name, value in weights(one.last).items():
+        torch.testing.assert_close(weights(two.last)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, calls = training.cross_entropy, iter(range(1000))
+
+    def sometimes_nan(logits: torch.Tensor, y_out: torch.Tensor) -> torch.Tensor:
+        return true(logits, y_out) * (math.nan if next(calls) % 2 else 1.0)
+
+    monkeypatch.setattr(training, "cross_entropy", sometimes_nan)
+    result = train_lm(corpus, CONFIG, options(tmp_path / "a"))
+    assert all(w.isfinite().all() for w in weights(result.last).values())
+    monkeypatch.setattr(training, "cross_entropy", lambda *a: true(*a) * math.inf)
+    with pytest.raises(HRMError, match="--lr"):
+        train_lm(corpus, CONFIG, options(tmp_path / "b", steps=500))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_as_float32_does(
+    corpus: Path, tmp_path: Path, precision: str
+) -> None:
+    """fp16 through GradScaler: the code of CUDA, on the CPU."""
+    config = replace(CONFIG, gumbel=False)
+    full, mixed = (
+        train_lm(corpus, config, options(tmp_path / p, steps=40, precision=p))
+        for p in ("fp32", precision)
+    )
+    assert full.score and mixed.score
+    assert mixed.score.bits_per_byte == pytest.approx(full.score.bits_per_byte, abs=0.15)
+
+
+MODEL_FLAGS = {
+    "d_model": 16, "n_heads": 4, "n_layers_enc": 2, "n_layers_dec": 1, "ff_mult": 2, "max_len": 16,
+    "plan_dim": 8, "gumbel": False, "n_plan_codes": 5, "n_plan_groups": 2, "gumbel_hard": True,
+    "gumbel_tau": 0.5, "positions": "learned", "qk_norm": False, "dropout": 0.3,
+}  # fmt: skip
+TRAIN_FLAGS = {
+    "steps": 3, "batch_size": 2, "grad_accum": 2, "lr": 1e-3, "optimizer": "adamw",
+    "weight_decay": 0.9, "warmup": 1, "decay": 1.0, "grad_clip": 1e-3, "codebook_penalty": 3.0,
+    "precision": "bf16", "val_fraction": 0.5, "seed": 9, "planner_view": "previous", "grow": False,
+}  # fmt: skip
+ELSEWHERE = {"epochs", "minutes", "compile", "encoding", "out_dir", "keep", "resume", "overwrite",
+             "memory"}  # fmt: skip
+
+
+def test_no_field_is_forgotten_below() -> None:
+    names = {f.name for config in (HRMConfig, PretrainConfig) for f in fields(config)}
+    assert names == MODEL_FLAGS.keys() | TRAIN_FLAGS.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", [*MODEL_FLAGS, *TRAIN_FLAGS])
+def test_every_setting_changes_what_is_trained(corpus: Path, tmp_path: Path, name: str) -> None:
+    model, train = {}, {"steps": 2}
+    if name in MODEL_FLAGS:
+        model[name] = MODEL_FLAGS[name]
+    else:
+        train[name] = TRAIN_FLAGS[name]
+    base = train_lm(corpus, CONFIG, options(tmp_path / "base", steps=2))
+    other = train_lm(corpus, replace(CONFIG, **model), options(tmp_path / "other", **train))
+    if model:
+        assert load_checkpoint(other.last).config == replace(CONFIG, **model)
+    a, b = weights(base.last), weights(other.last)
+    if {n: w.shape for n, w in a.items()} == {n: w.shape for n, w in b.items()}:
+        assert not same(a, b)
+
+
+def test_minutes_are_kept(corpus: Path, tmp_path: Path) -> None:
+    result = train_lm(corpus, CONFIG, options(tmp_path / "run", minutes=0.05))
+    assert 3 <= result.seconds < 6 and result.steps > 1
+
+
+def test_compiled_training_equals_eager(corpus: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, gumbel=False, n_layers_dec=1)
+    eager, compiled = (
+        train_lm(corpus, config, options(tmp_path / str(c), steps=3, compile=c))
+        for c in (False, True)
+    )
+    assert weights(eager.last).keys() == weights(compiled.last).keys()
+    for name, value in weights(eager.last).items():
+        torch.testing.assert_close(weights(compiled.last)[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_windows_of_a_corpus_smaller_than_one() -> None:
+    import numpy as np
+
+    batch = LMDataset(np.frombuffer(b"ab\n", dtype=np.uint8), 8).windows(np.array([0]))
+    assert batch.y_out.tolist() == [[97, 98, 258, 97, 98, 258, 97, 98]]
