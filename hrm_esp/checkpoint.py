@@ -121,9 +121,7 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
         raise foreign from error
 
 
-def find_checkpoint(
-    folder: PathLike = DEFAULT_DIR, stages: tuple[str, ...] = STAGES
-) -> Path:
+def find_checkpoint(folder: PathLike = DEFAULT_DIR, stages: tuple[str, ...] = STAGES) -> Path:
     """The best checkpoint of the newest run in ``folder``.
 
     Raises:

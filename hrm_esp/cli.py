@@ -154,7 +154,9 @@ def build_parser() -> argparse.ArgumentParser:
     groups = {name: finetune.add_argument_group(name) for name in GROUPS}
     groups["data"].add_argument("--val", metavar="FILE", help="TSV to score on, not trained on")
     groups["model"].add_argument(
-        "--ckpt", metavar="FILE", help=f"where to start (default: the pretrain run in {DEFAULT_DIR})"
+        "--ckpt",
+        metavar="FILE",
+        help=f"where to start (default: the pretrain run in {DEFAULT_DIR})",
     )
     add_fields(groups, FinetuneConfig)
     add_device(groups["run"])
@@ -194,13 +196,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def new_parser(make: Any, name: str | None, *args: Any, **keywords: Any) -> argparse.ArgumentParser:
-    return make(  # type: ignore[no-any-return]
+    parser: argparse.ArgumentParser = make(
         *args,
         epilog=EXAMPLES[name],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         **keywords,
     )
+    return parser
 
 
 def add_fields(groups: dict[str, Any], config: type) -> None:
@@ -225,13 +228,19 @@ def add_fields(groups: dict[str, Any], config: type) -> None:
         kind = meta.get("type") or types[type(f.default).__name__]
         text = meta["help"] if f.default is None else f"{meta['help']} (default: {f.default})"
         keywords: dict[str, Any] = {"type": kind, "help": text, "default": argparse.SUPPRESS}
-        keywords |= {"choices": meta["choices"]} if "choices" in meta else {"metavar": "N" if kind is not str else "TEXT"}
+        keywords |= (
+            {"choices": meta["choices"]}
+            if "choices" in meta
+            else {"metavar": "N" if kind is not str else "TEXT"}
+        )
         add(f"--{f.name}", **keywords)
 
 
 def add_ckpt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ckpt", metavar="FILE", help=f"checkpoint (default: the newest run's best in {DEFAULT_DIR})"
+        "--ckpt",
+        metavar="FILE",
+        help=f"checkpoint (default: the newest run's best in {DEFAULT_DIR})",
     )
 
 

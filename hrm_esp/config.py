@@ -34,7 +34,7 @@ def option(default: Any, group: str, text: str, **keywords: Any) -> Any:
 
 
 def check_fields(config: Any) -> None:
-    """Raises HRMError unless every field of the dataclass keeps to its own ``choices`` and bounds."""
+    """Raises HRMError unless every field keeps to its own ``choices`` and bounds."""
     for f in fields(config):
         value, meta = getattr(config, f.name), f.metadata
         if value is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -76,7 +77,7 @@ def open_text(path: PathLike, encoding: str) -> IO[str]:
     name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     try:
         opener = gzip.open if str(path).endswith(".gz") else open
-        file: IO[str] = opener(path, "rt", encoding=name, errors="surrogateescape")  # type: ignore[assignment]
+        file: IO[str] = opener(path, "rt", encoding=name, errors="surrogateescape")
         if "\0" in file.read(65536):
             raise HRMError(f"{path} is not text in {encoding}: give --encoding, or another file")
         file.seek(0)
@@ -179,18 +180,27 @@ def load_stream(
     names = json.dumps([encoding, [name for name, _, _ in sources]])
     path = Path(token_dir) / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.tokens"
     if not (path.is_file() and has_header(path, header)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                file.write(header)
-                write_stream(files, file, encoding)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        build_token_file(path, header, files, encoding)
     return map_tokens(path, HEADER, files)
+
+
+def build_token_file(path: Path, header: bytes, files: Sequence[Path], encoding: str) -> None:
+    """Writes beside ``path``, then renames; a failure leaves nothing behind."""
+    is_new = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            file.write(header)
+            if not write_stream(files, file, encoding).documents:
+                raise no_text(files)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            if is_new:
+                path.parent.rmdir()
+            raise
 
 
 def has_header(path: Path, header: bytes) -> bool:
@@ -198,12 +208,16 @@ def has_header(path: Path, header: bytes) -> bool:
         return file.read(len(header)) == header
 
 
+def no_text(files: Sequence[Path]) -> HRMError:
+    return HRMError(f"no text in {', '.join(map(str, files[:3]))}")
+
+
 def map_tokens(file: IO[bytes] | Path, offset: int, files: Sequence[Path]) -> Stream:
     if not isinstance(file, Path):
         file.flush()
     size = file.stat().st_size if isinstance(file, Path) else os.fstat(file.fileno()).st_size
     if size <= offset:
-        raise HRMError(f"no text in {', '.join(map(str, files[:3]))}")
+        raise no_text(files)
     return np.memmap(file, dtype=np.uint8, mode="r", offset=offset)
 
 
@@ -245,7 +259,10 @@ class Batch(NamedTuple):
     reads_memory: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+        prompt_ids, y_in, y_out, reads = (
+            t if t is None else t.to(device, non_blocking=True) for t in self
+        )
+        return Batch(prompt_ids, y_in, y_out, reads)
 
 
 class LMDataset(Sequence[Batch]):
@@ -259,7 +276,7 @@ class LMDataset(Sequence[Batch]):
         self.stream, self.max_len, self.planner_view = stream, max_len, planner_view
 
     def __len__(self) -> int:
-        return -(-len(self.stream) // self.max_len)
+        return math.ceil(len(self.stream) / self.max_len)
 
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
         if not -len(self) <= index < len(self):
@@ -416,8 +433,8 @@ def pad(rows: list[list[int]]) -> Tensor:
 def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") -> TSVDataset:
     """Reads ``prompt TAB target`` rows; further tabs belong to the target, blank lines are skipped.
 
-    A row without a target has its prompt as target (pure LM). A pair longer than ``max_len`` is cut,
-    and a warning counts them.
+    A row without a target has its prompt as target (pure LM). A pair longer than ``max_len`` is
+    cut, and a warning counts them.
 
     Raises:
         HRMError: the file is missing, a folder, no text, or without a single row.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -106,7 +107,10 @@ def score_stream(
     starts = range(0, last + 1, max_len - max_len // 2)
     bits = 0.0
     # The first window alone: its Planner reads nothing, and PAD would fill the row.
-    for group in [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]:
+    for group in [
+        starts[:1],
+        *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size)),
+    ]:
         batch = scoring_windows(stream, max_len, group)
         bits += sum_bits(model, batch, dtype)
         if progress is not None:
@@ -146,7 +150,9 @@ def score_pairs(
     room = 2 * max((len(p.target) for p in rows), default=0) + 16
     for i in range(0, len(rows), batch_size):
         group = rows[i : i + batch_size]
-        for pair, answer in zip(group, answer_batch(model, [p.prompt for p in group], room), strict=True):
+        for pair, answer in zip(
+            group, answer_batch(model, [p.prompt for p in group], room), strict=True
+        ):
             target = pair.target.decode()
             exact += answer == target
             chars, words = chars + len(target), words + len(target.split())
@@ -165,7 +171,7 @@ def score_pairs(
 
 
 def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
-    """Insertions, deletions and substitutions that turn ``a`` into ``b`` (Wagner & Fischer 1974)."""
+    """Insertions, deletions and substitutions from ``a`` to ``b`` (Wagner & Fischer 1974)."""
     if a == b:
         return 0
     row = list(range(len(b) + 1))
@@ -191,11 +197,22 @@ def evaluate(
         HRMError: a file that cannot be read, or holds nothing.
     """
     dtype = choose_precision(model.device, precision)
-    bar = {"leave": False, "disable": None if show_progress else True}
     if str(path).endswith((".tsv", ".tsv.gz")):
         data = dataset_tsv(path, model.config.max_len, encoding=encoding)
-        with tqdm(total=sum(not p.lm for p in data), unit="row", **bar) as shown:
-            return score_pairs(model, data, dtype, 4 * batch_size, shown.update)
+        with scoring_bar(len(data), "row", show_progress) as bar:
+            return score_pairs(model, data, dtype, 4 * batch_size, bar.update)
     text = load_stream([path], encoding)
-    with tqdm(total=len(text), unit="B", unit_scale=True, **bar) as shown:
-        return score_stream(model, text, dtype, batch_size, shown.update)
+    with scoring_bar(len(text), "B", show_progress) as bar:
+        return score_stream(model, text, dtype, batch_size, bar.update)
+
+
+def scoring_bar(total: int, unit: str, show: bool = True) -> tqdm[NoReturn]:
+    """A progress bar on stderr, where that is a terminal."""
+    return tqdm(
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        desc="scoring",
+        leave=False,
+        disable=None if show else True,
+    )

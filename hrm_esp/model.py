@@ -6,8 +6,6 @@ G codebooks of K codes, V = vocab_size.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,9 +24,6 @@ from .layers import (
     linear,
 )
 from .tokenizer import PAD, PLAN, VOCAB_SIZE
-
-
-EMB_STD = 1.0
 
 
 class Positions(nn.Module):
@@ -61,7 +56,6 @@ class TokenEmbedding(nn.Embedding):
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__(VOCAB_SIZE, config.d_model)
-        nn.init.normal_(self.weight, std=EMB_STD)
         self.ngrams = NgramEmbedding(config) if config.ngram_max > 1 else None
 
     @property
@@ -118,9 +112,9 @@ class Codebook(nn.Module):
 class Planner(nn.Module):
     """A bidirectional encoder that reads a prompt and writes one plan vector."""
 
-    def __init__(self, config: HRMConfig) -> None:
+    def __init__(self, config: HRMConfig, tok_emb: TokenEmbedding | None = None) -> None:
         super().__init__()
-        self.tok_emb = TokenEmbedding(config)
+        self.tok_emb = tok_emb or TokenEmbedding(config)
         self.positions = Positions(config)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layers_enc))
         self.norm = RMSNorm(config.d_model)
@@ -134,9 +128,8 @@ class Planner(nn.Module):
 
     def read(self, prompt_ids: Tensor) -> Memory:
         """prompt_ids: (B, S) -> the prompt's states (B, S, D), and which of them are not PAD."""
-        visible = prompt_ids != PAD
-        if visible.all():
-            visible = None
+        is_token = prompt_ids != PAD
+        visible = None if is_token.all() else is_token
         x, angles = self.positions(self.tok_emb(prompt_ids))
         for block in self.blocks:
             x = block(x, angles, visible)
@@ -186,9 +179,9 @@ class ExecutorCache:
 class Executor(nn.Module):
     """A causal decoder that writes byte after byte, the plan in front as a synthetic token."""
 
-    def __init__(self, config: HRMConfig) -> None:
+    def __init__(self, config: HRMConfig, tok_emb: TokenEmbedding | None = None) -> None:
         super().__init__()
-        self.tok_emb = TokenEmbedding(config)
+        self.tok_emb = tok_emb or TokenEmbedding(config)
         self.positions = Positions(config)
         self.from_plan = linear(config.plan_dim, config.d_model)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers_dec))
@@ -235,8 +228,9 @@ class HRMModel(nn.Module):
         super().__init__()
         self.config = config
         self.stage = "pretrain"
-        self.planner = Planner(config)
-        self.executor = Executor(config)
+        tok_emb = TokenEmbedding(config)  # one for both: its n-gram table is most of the weights
+        self.planner = Planner(config, tok_emb)
+        self.executor = Executor(config, tok_emb)
 
     def forward(
         self, prompt_ids: Tensor, y_in: Tensor, reads_memory: Tensor | None = None
@@ -264,7 +258,6 @@ class HRMModel(nn.Module):
         return self.executor.lm_head.weight.device
 
     def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def config_dict(self) -> dict[str, object]:
-        return asdict(self.config)
+        """Weights, the n-gram table aside: of that, a byte touches a few rows."""
+        tables = {id(m.table.weight) for m in self.modules() if isinstance(m, NgramEmbedding)}
+        return sum(p.numel() for p in self.parameters() if id(p) not in tables)

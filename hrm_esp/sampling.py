@@ -89,7 +89,7 @@ def choose(logits: Tensor, how: Sampling, generator: torch.Generator | None) -> 
         logits = logits.masked_fill(logits < smallest, -math.inf)
     probabilities = logits.softmax(-1)
     if how.top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True, stable=True)
+        ordered, order = torch.sort(probabilities, stable=True, descending=True)
         before = ordered.cumsum(-1) - ordered
         ordered = ordered.masked_fill(before >= how.top_p, 0.0)
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
@@ -262,9 +262,7 @@ def generate(model: HRMModel, prompt: str, **options: object) -> str:
 
 
 @torch.inference_mode()
-def answer_batch(
-    model: HRMModel, prompts: Sequence[bytes], max_new_tokens: int = 512
-) -> list[str]:
+def answer_batch(model: HRMModel, prompts: Sequence[bytes], max_new_tokens: int = 512) -> list[str]:
     """The greedy answers to prompts, decoded together."""
     how = Sampling(max_new_tokens, temperature=0.0)
     rows: list[bytearray] = [bytearray() for _ in prompts]

@@ -23,5 +23,5 @@ class ByteTokenizer:
         return [BOS] * add_bos + list(text.encode()) + [EOS] * add_eos
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        """The text of ``ids`` without special tokens; what is not UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")

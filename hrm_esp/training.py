@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer, SparseAdam
 from tqdm import tqdm
 
@@ -35,7 +36,15 @@ from .data import (
 )
 from .device import autocast, choose_device, choose_precision
 from .errors import HRMError
-from .evaluation import PairScore, TextScore, cross_entropy, pair_bits, score_pairs, score_stream
+from .evaluation import (
+    PairScore,
+    TextScore,
+    cross_entropy,
+    pair_bits,
+    score_pairs,
+    score_stream,
+    scoring_bar,
+)
 from .layers import NgramEmbedding
 from .model import HRMModel
 from .tokenizer import PAD
@@ -43,9 +52,12 @@ from .tokenizer import PAD
 SCORED_OFTEN = 16_384  # bytes of held-out text scored while training
 SCORED_LAST = 1_000_000  # ... and at the end
 ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
+NGRAM_LR = 10.0  # of lr: a row of the n-gram table is met rarely, so its steps are longer
+NEWTON_SCHULZ = 3  # steps of Muon; five take a tenth more of the time and bring no better text
+# Until which share of a run, the fraction of a batch and the pieces of a window.
+GROWTH = ((0.3, 4, 4), (0.7, 2, 2))
 N_SCORES = 8  # times a run is scored, evenly spaced
 LOG_SECONDS = 10.0  # between lines, where there is no terminal
-NGRAM_LR = 1.0
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
@@ -111,11 +123,10 @@ def train_lm(
     config, options = config or HRMConfig(), options or PretrainConfig()
     device = device or choose_device()
     check_folder(options, "pretrain")
-    paths = [corpus] if isinstance(corpus, (str, Path)) else list(corpus)
+    paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
+    held_out = None if val is None else load_stream([val], options.encoding)
     stream = load_stream(paths, options.encoding, options.out_dir)
-    if val is not None:
-        held_out = load_stream([val], options.encoding)
-    else:
+    if held_out is None:
         stream, held_out = split_stream(stream, options.val_fraction)
     if not len(stream):
         raise HRMError("nothing is left to train on: give a smaller --val_fraction")
@@ -128,8 +139,7 @@ def train_lm(
 
     def score_last(model: HRMModel) -> TextScore:
         text = held_out[:SCORED_LAST]
-        with tqdm(total=len(text), unit="B", unit_scale=True, desc="scoring", leave=False,
-                  disable=None) as bar:  # fmt: skip
+        with scoring_bar(len(text), "B") as bar:
             return score_stream(model, text, dtype, progress=bar.update)
 
     return fit(
@@ -137,7 +147,7 @@ def train_lm(
         LMDataset(stream, config.max_len, options.planner_view),
         options,
         stage="pretrain",
-        data_id=f"{len(stream)}:{zlib.crc32(stream):08x}",
+        data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
         score_often=score_often if len(held_out) else None,
         score_last=score_last,
     )
@@ -176,11 +186,11 @@ def train_ft(
     dtype = choose_precision(device, options.precision)
 
     def score_often(model: HRMModel) -> float:
-        return pair_bits(model, TSVDataset(held_out[:ROWS_OFTEN], held_out.max_len), dtype)
+        return pair_bits(model, TSVDataset(held_out.pairs[:ROWS_OFTEN], held_out.max_len), dtype)
 
     def score_last(model: HRMModel) -> PairScore:
-        rows = TSVDataset(held_out[:ROWS_LAST], held_out.max_len)
-        with tqdm(total=len(rows), unit="row", desc="scoring", leave=False, disable=None) as bar:
+        rows = TSVDataset(held_out.pairs[:ROWS_LAST], held_out.max_len)
+        with scoring_bar(len(rows), "row") as bar:
             return score_pairs(model, rows, dtype, progress=bar.update)
 
     return fit(
@@ -231,7 +241,7 @@ def check_folder(options: TrainConfig, stage: str) -> None:
         )
 
 
-def matrices_and_rest(model: HRMModel) -> tuple[list[Tensor], list[Tensor]]:
+def matrices_and_rest(model: HRMModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The 2-D weights inside the blocks, and all other parameters."""
     blocks = [*model.planner.blocks.parameters(), *model.executor.blocks.parameters()]
     matrices = [p for p in blocks if p.ndim == 2]
@@ -257,7 +267,13 @@ def build_optimizers(model: HRMModel, options: TrainConfig) -> list[Optimizer]:
         groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0}]
         return [AdamW(groups, **adamw), *sparse]
     return [
-        Muon(matrices, lr=options.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        Muon(
+            matrices,
+            lr=options.lr,
+            weight_decay=decay,
+            ns_steps=NEWTON_SCHULZ,
+            adjust_lr_fn="match_rms_adamw",
+        ),
         AdamW(rest, weight_decay=0.0, **adamw),
         *sparse,
     ]
@@ -268,9 +284,6 @@ def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
     warm = min(1.0, (step + 1) / max(1, options.warmup))
     left = min(1.0, (1 - progress) / options.decay) if options.decay else 1.0
     return options.lr * warm * max(0.0, left)
-
-
-GROWTH = ((0.3, 4, 4), (0.7, 2, 2))
 
 
 def batch_shape(options: TrainConfig, max_len: int, progress: float) -> tuple[int, int]:
@@ -562,6 +575,4 @@ def comparable(options: TrainConfig) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [
-        "the data" if k == "data" else f"--{k}" for k in new if old.get(k, new[k]) != new[k]
-    ]
+    return ["the data" if k == "data" else f"--{k}" for k in new if old.get(k, new[k]) != new[k]]

@@ -15,9 +15,17 @@ from hrm_esp.model import HRMModel
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--d_model", "32", "--n_heads", "2", "--n_layers_enc", "1", "--n_layers_dec", "2",
-         "--plan_dim", "16", "--n_plan_codes", "8", "--max_len", "64")  # fmt: skip
+         "--plan_dim", "16", "--n_plan_codes", "8", "--max_len", "64",
+         "--ngram_bits", "8")  # fmt: skip
 CONFIG = HRMConfig(
-    d_model=32, n_heads=2, n_layers_enc=1, n_layers_dec=2, plan_dim=16, n_plan_codes=8, max_len=32
+    d_model=32,
+    n_heads=2,
+    n_layers_enc=1,
+    n_layers_dec=2,
+    plan_dim=16,
+    n_plan_codes=8,
+    max_len=32,
+    ngram_bits=6,
 )
 
 TEXT = "\n".join(
@@ -31,11 +39,11 @@ PAIRS = "\n".join(f"{n}\t{'par' if n % 2 == 0 else 'impar'}" for n in range(60))
 
 def random_model(seed: int = 0, **changes: object) -> HRMModel:
     """A model in evaluation mode whose every weight is random: zeros would hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    model = HRMModel(replace(CONFIG, **changes))  # type: ignore[arg-type]
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = HRMModel(replace(CONFIG, **changes))  # type: ignore[arg-type]
         for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator)
+            p += 0.3 * torch.randn_like(p)
     return model.eval()
 
 

@@ -53,7 +53,9 @@ def draw(chance: random.Random, digits: int) -> int:
     return chance.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
-def sample(n_train: int = 4000, n_held_out: int = 300, seed: int = 1) -> tuple[list[int], list[int]]:
+def sample(
+    n_train: int = 4000, n_held_out: int = 300, seed: int = 1
+) -> tuple[list[int], list[int]]:
     """Distinct numbers, drawn evenly by number of digits as far as there are so many."""
     chance = random.Random(seed)
     # Of the short numbers, few as they are, most are for learning.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import random_model
+
 from hrm_esp.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from hrm_esp.errors import HRMError
 from hrm_esp.model import HRMModel

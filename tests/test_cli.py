@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, Run
 
 import hrm_esp
-from conftest import SMALL, Run
 from hrm_esp.cli import build_parser, underscored
 
 
@@ -84,11 +84,16 @@ def test_the_three_jobs(trained: Path, run: Run) -> None:
     names = {p.name for p in (trained / "checkpoints").glob("*.pt")}
     assert {"pretrain_best.pt", "pretrain_last.pt", "finetune_best.pt"} <= names
     pretrained = ("--ckpt", trained / "checkpoints" / "pretrain_best.pt")
-    out = run("generate", "--prompt", "La niña", "--max-new-tokens", "20", "--seed", "1", *pretrained)
+    out = run(
+        "generate", "--prompt", "La niña", "--max-new-tokens", "20", "--seed", "1", *pretrained
+    )
     assert out.returncode == 0 and out.stdout.startswith("La niña") and not out.stderr
-    assert out.stdout == run(
-        "generate", "--prompt", "La niña", "--max_new_tokens=20", "--seed=1", *pretrained
-    ).stdout
+    assert (
+        out.stdout
+        == run(
+            "generate", "--prompt", "La niña", "--max_new_tokens=20", "--seed=1", *pretrained
+        ).stdout
+    )
     answer = run("generate", "--prompt", "12", "--max_new_tokens", "9", cwd=trained)
     assert answer.returncode == 0 and len(answer.stdout.encode()) <= 10
     for file, keys in (
@@ -212,7 +217,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(trained: Path, run: Run, tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_is_saved_and_goes_on(trained: Path, run: Run, tmp_path: Path, number: int) -> None:
+def test_a_stopped_run_is_saved_and_goes_on(
+    trained: Path, run: Run, tmp_path: Path, number: int
+) -> None:
     args = ["pretrain", str(trained / "corpus.txt"), "--steps", "400", "--batch_size", "1", *SMALL]
     process = subprocess.Popen(
         [sys.executable, "-m", "hrm_esp", *args], cwd=tmp_path, stderr=subprocess.PIPE, text=True,

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import random_model
 from hrm_esp.data import Pair, TSVDataset
 from hrm_esp.evaluation import edit_distance, evaluate, pair_bits, score_pairs, score_stream
 from hrm_esp.model import HRMModel
@@ -30,13 +30,17 @@ def bits_one_by_one(model: HRMModel, text: str) -> float:
     for i, byte in enumerate(data):
         start = window_start(i + 1, max_len)
         first = start + max_len // 2 if start else 0
-        plan, _ = model.planner(torch.tensor([[BOS, *as_input[1 + max(0, first - max_len) : 1 + first]]]))
+        plan, _ = model.planner(
+            torch.tensor([[BOS, *as_input[1 + max(0, first - max_len) : 1 + first]]])
+        )
         logits = model.executor(torch.tensor([as_input[start : i + 1]]), plan)[0, -1]
         bits -= logits.log_softmax(-1)[EOS if byte == 10 else byte].item() / math.log(2)
     return bits / len(data)
 
 
-@pytest.mark.parametrize("kind", [{}, {"positions": "learned", "gumbel": False}, {"memory": True}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [{}, {"positions": "learned", "gumbel": False}, {"memory": True}], ids=str
+)
 @pytest.mark.parametrize("text", ["a\n", TEXT[:31] + "\n", TEXT])
 def test_a_text_scores_as_one_byte_at_a_time(kind: dict[str, object], text: str) -> None:
     model = random_model(**kind)

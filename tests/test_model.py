@@ -1,14 +1,15 @@
 """What must hold whatever the weights: all are random here."""
 
 import itertools
+import random
 
 import pytest
 import torch
-
 from conftest import CONFIG, random_model
+
 from hrm_esp.config import HRMConfig
 from hrm_esp.errors import HRMError
-from hrm_esp.layers import MHA, FFN, Memory, RMSNorm, Rotary, rotate
+from hrm_esp.layers import FFN, MHA, Memory, NgramEmbedding, RMSNorm, Rotary, rotate
 from hrm_esp.model import HRMModel
 from hrm_esp.tokenizer import BOS, PAD
 
@@ -16,6 +17,8 @@ KINDS = [
     {},
     {"positions": "learned"},
     {"qk_norm": False},
+    {"ngram_max": 1},
+    {"ngram_max": 7},
     {"gumbel": False},
     {"gumbel_hard": True, "n_plan_groups": 2},
     {"memory": True},
@@ -98,6 +101,41 @@ def test_attention_is_that_of_the_paper() -> None:
     masked = cross.attend_memory(x, Memory(other, visible))
     close(masked[:1], plain_attention(cross, x[:1], other[:1, :4], None))
     assert (masked[1] == 0).all()
+
+
+def ngrams(ids: list[int], place: int, order: int) -> tuple[int, ...]:
+    """The n-gram that ends at ``place``; it does not reach over a BOS, but may begin with it."""
+    begin = max(0, place - order + 1)
+    for i in range(place, begin, -1):
+        if ids[i] == BOS:
+            begin = i
+    return tuple(ids[begin : place + 1])
+
+
+def test_equal_ngrams_have_equal_rows_and_others_others() -> None:
+    embedding = NgramEmbedding(HRMConfig(ngram_max=5, ngram_bits=24, d_model=2, n_heads=1))
+    chance = random.Random(0)
+    ids = [BOS, *(chance.choice([97, 98, BOS, 255]) for _ in range(400))]
+    none = torch.full((1, embedding.reach), PAD)
+    rows = embedding.index(torch.cat((none, torch.tensor([ids])), 1))[0]
+    row_of: dict[tuple[int, tuple[int, ...]], int] = {}
+    for place, order in itertools.product(range(len(ids)), range(2, 6)):
+        row = int(rows[place, order - 2])
+        assert 0 <= row - (order - 2) * embedding.rows < embedding.rows
+        # A short n-gram at a document's start is not the same as a whole one of those bytes.
+        key = (order, ngrams(ids, place, order))
+        assert row_of.setdefault(key, row) == row
+    assert len(set(row_of.values())) == len(row_of)
+
+
+def test_half_of_the_ngrams_are_dropped_in_training_only() -> None:
+    embedding = NgramEmbedding(HRMConfig(ngram_dropout=0.5, d_model=4, n_heads=1, ngram_max=2))
+    torch.nn.init.ones_(embedding.table.weight)
+    ids, none = torch.randint(0, 256, (10, 100)), torch.full((10, 1), PAD)
+    values = embedding(ids, none)
+    assert set(values.unique().tolist()) == {0.0, 2.0}
+    assert values.mean() == pytest.approx(1, abs=0.15)
+    assert (embedding.eval()(ids, none) == 1).all()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -218,6 +256,18 @@ def test_too_many_positions_are_refused() -> None:
 def test_configs_that_cannot_be(wrong: dict[str, object]) -> None:
     with pytest.raises(HRMError):
         HRMConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_cpus_products_are_the_kernels_attention() -> None:
+    """In training on a CPU attention is computed by plain products, without gradients by SDPA."""
+    from hrm_esp.layers import attention
+
+    q, k, v = torch.randn(3, 2, 4, 300, 8)
+    mask = torch.rand(2, 1, 1, 300) < 0.5
+    for m, causal in ((None, True), (None, False), (mask, False)):
+        plain = attention(q, k, v, m, causal)
+        with torch.no_grad():
+            close(plain, attention(q, k, v, m, causal))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 import unicodedata
 
-from hrm_esp.cli import NUMBERS, SAMPLES, STORIES
 from number_words import sample, words
+
+from hrm_esp.cli import NUMBERS, SAMPLES, STORIES
 
 HELD_OUT = SAMPLES / "numeros.held_out.tsv"
 

@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_model import KINDS
 
-from conftest import random_model
 from hrm_esp import generate
 from hrm_esp.data import encode_prompt
 from hrm_esp.errors import HRMError
@@ -21,7 +22,6 @@ from hrm_esp.sampling import (
     window_start,
 )
 from hrm_esp.tokenizer import BOS, EOS
-from test_model import KINDS
 
 LENGTH = 3 * 32  # past max_len, so that the window rolls over more than once
 

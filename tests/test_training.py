@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import CONFIG, PAIRS, TEXT, random_model
+
 from hrm_esp import training
 from hrm_esp.checkpoint import Checkpoint, load_checkpoint
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
@@ -18,6 +18,7 @@ from hrm_esp.training import (
     learning_rate,
     matrices_and_rest,
     model_to_finetune,
+    ngram_tables,
     train_ft,
     train_lm,
 )
@@ -162,22 +163,25 @@ def test_the_loss_is_on_the_target_alone() -> None:
     batch = data.collate(data.pairs)
     assert bytes(batch.y_out[0, :4].tolist()) == b"resp" and batch.y_out[0, 4] == 258
     assert batch.reads_memory is not None and batch.reads_memory.tolist() == [True, False]
-    assert (batch.prompt_ids[1, 1:] == 256).all()  # a row without a target shows the Planner nothing
+    assert (
+        batch.prompt_ids[1, 1:] == 256
+    ).all()  # a row without a target shows the Planner nothing
 
 
 def test_all_matrices_of_the_blocks_go_to_muon() -> None:
     model = random_model(memory=True)
     matrices, rest = matrices_and_rest(model)
-    assert len(matrices) + len(rest) == len(list(model.parameters()))
+    assert len(matrices) + len(rest) + len(ngram_tables(model)) == len(list(model.parameters()))
     names = {id(p): n for n, p in model.named_parameters()}
     for p in matrices:
         assert "blocks" in names[id(p)] and p.ndim == 2
     for p in rest:
         assert "blocks" not in names[id(p)] or "norm" in names[id(p)]
-    muon, adamw = build_optimizers(model, PretrainConfig())
-    assert type(muon).__name__ == "Muon" and type(adamw).__name__ == "AdamW"
-    (alone,) = build_optimizers(model, PretrainConfig(optimizer="adamw"))
-    assert type(alone).__name__ == "AdamW"
+    for optimizer, kinds in (("muon", "Muon AdamW SparseAdam"), ("adamw", "AdamW SparseAdam")):
+        built = build_optimizers(model, PretrainConfig(optimizer=optimizer))
+        assert [type(o).__name__ for o in built] == kinds.split()
+        given = [p for o in built for group in o.param_groups for p in group["params"]]
+        assert sorted(map(id, given)) == sorted(map(id, model.parameters()))
 
 
 def test_warm_up_stable_decay() -> None:
@@ -204,7 +208,9 @@ def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None
     config = replace(CONFIG, gumbel=False)
     one = train_lm(corpus, config, options(tmp_path / "a", steps=3, optimizer="adamw"))
     two = train_lm(
-        corpus, config, options(tmp_path / "b", steps=3, batch_size=2, grad_accum=2, optimizer="adamw")
+        corpus,
+        config,
+        options(tmp_path / "b", steps=3, batch_size=2, grad_accum=2, optimizer="adamw"),
     )
     for name, value in weights(one.last).items():
         torch.testing.assert_close(weights(two.last)[name], value, rtol=1e-3, atol=1e-4)
@@ -243,7 +249,8 @@ def test_mixed_precision_trains_as_float32_does(
 MODEL_FLAGS = {
     "d_model": 16, "n_heads": 4, "n_layers_enc": 2, "n_layers_dec": 1, "ff_mult": 2, "max_len": 16,
     "plan_dim": 8, "gumbel": False, "n_plan_codes": 5, "n_plan_groups": 2, "gumbel_hard": True,
-    "gumbel_tau": 0.5, "positions": "learned", "qk_norm": False, "dropout": 0.3,
+    "gumbel_tau": 0.5, "ngram_max": 2, "ngram_bits": 5, "ngram_dropout": 0.0, "dropout": 0.3,
+    "positions": "learned", "qk_norm": False,
 }  # fmt: skip
 TRAIN_FLAGS = {
     "steps": 3, "batch_size": 2, "grad_accum": 2, "lr": 1e-3, "optimizer": "adamw",
