@@ -280,8 +280,9 @@ def run_finetune(args: argparse.Namespace) -> None:
 
 def report(result: TrainResult) -> None:
     """What a training came to, and where it is."""
-    seen = f"{result.bytes_seen:,} bytes seen in {result.seconds:,.0f} s"
-    print(f"{seen}: {result.score}" if result.score else seen)
+    print(f"{result.bytes_seen:,} bytes seen in {result.steps:,} steps, {result.seconds:,.0f} s")
+    if result.score is not None:
+        print(f"held out: {result.score}")
     print(result.best)
 
 

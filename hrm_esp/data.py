@@ -259,10 +259,7 @@ class Batch(NamedTuple):
     reads_memory: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        prompt_ids, y_in, y_out, reads = (
-            t if t is None else t.to(device, non_blocking=True) for t in self
-        )
-        return Batch(prompt_ids, y_in, y_out, reads)
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
 
 
 class LMDataset(Sequence[Batch]):

@@ -38,6 +38,9 @@ class TextScore:
     bits_per_byte: float
     n: int
 
+    def __str__(self) -> str:
+        return f"{self.bits_per_byte:.3f} bits per byte over {self.n:,} bytes"
+
 
 @dataclass(frozen=True)
 class PairScore:
@@ -51,6 +54,13 @@ class PairScore:
     word_error_rate: float
     bits_per_byte: float
     n: int
+
+    def __str__(self) -> str:
+        return (
+            f"exact match {self.exact_match:.1%}, character errors {self.char_error_rate:.1%}, "
+            f"word errors {self.word_error_rate:.1%}, {self.bits_per_byte:.3f} bits per byte "
+            f"over {self.n:,} rows"
+        )
 
 
 def cross_entropy(logits: Tensor, y_out: Tensor) -> Tensor:

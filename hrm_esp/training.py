@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -56,6 +55,7 @@ NGRAM_LR = 10.0  # of lr: a row of the n-gram table is met rarely, so its steps 
 NEWTON_SCHULZ = 3  # steps of Muon; five take a tenth more of the time and bring no better text
 # Until which share of a run, the fraction of a batch and the pieces of a window.
 GROWTH = ((0.3, 4, 4), (0.7, 2, 2))
+SCORING_SHARE = 0.04  # of the time, at most
 N_SCORES = 8  # times a run is scored, evenly spaced
 LOG_SECONDS = 10.0  # between lines, where there is no terminal
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
@@ -81,6 +81,7 @@ class RunState:
     bytes_seen: int = 0
     seconds: float = 0.0
     scored: int = 0  # of N_SCORES
+    scoring: float = 0.0  # seconds
     val_bpb: float | None = None
     best_bpb: float | None = None
     skipped: int = 0
@@ -148,6 +149,7 @@ def train_lm(
         options,
         stage="pretrain",
         data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
+        about=f"{len(stream):,} bytes of text, {len(held_out):,} held out",
         score_often=score_often if len(held_out) else None,
         score_last=score_last,
     )
@@ -199,6 +201,7 @@ def train_ft(
         options,
         stage="finetune",
         data_id=f"{len(data)}:{zlib.crc32(repr(data.pairs).encode()):08x}",
+        about=f"{len(data):,} rows, {len(held_out):,} held out",
         score_often=score_often if len(held_out) else None,
         score_last=score_last,
     )
@@ -401,6 +404,7 @@ def fit(
     *,
     stage: str,
     data_id: str,
+    about: str,
     score_often: Callable[[HRMModel], float] | None,
     score_last: Callable[[HRMModel], TextScore | PairScore],
 ) -> TrainResult:
@@ -408,6 +412,7 @@ def fit(
 
     Args:
         data_id: tells whether a run to be resumed had the same data.
+        about: the data, in words.
         score_often: bits per byte of some held-out data; ``None`` if nothing is held out.
         score_last: the score of all of it.
     """
@@ -473,6 +478,13 @@ def fit(
     def size() -> tuple[int, int]:
         return batch_shape(options, model.config.max_len, progress())
 
+    def batch_groups() -> Iterator[list[tuple[int, Batch]]]:
+        """The batches of each step, until the run is over."""
+        while progress() < 1:
+            batches = data.batches(size, options.seed, state.epoch, state.item)
+            while progress() < 1 and (taken := list(itertools.islice(batches, options.grad_accum))):
+                yield taken
+
     def train_step(group: list[Batch], lr: float) -> tuple[float, int, Tensor | None]:
         """One optimizer step over some batches; the nats, the tokens and the codes chosen."""
         n_tokens = sum(int((b.y_out != PAD).sum()) for b in group)
@@ -508,56 +520,63 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
         return nats, n_tokens, usage
 
-    def score(meter: Meter) -> None:
+    def score() -> None:
         if score_often is None:
             return
+        start = time.perf_counter()
         state.val_bpb = score_often(model)
+        state.scoring += time.perf_counter() - start
         if state.best_bpb is None or state.val_bpb < state.best_bpb:
             state.best_bpb = state.val_bpb
             save("best")
 
+    print(
+        f"{stage}: {model.n_parameters():,} parameters on {device} in {str(dtype)[6:]}; "
+        f"{about}, checkpoints in {folder}",
+        file=sys.stderr,
+    )
     begin = time.perf_counter() - state.seconds
     model.train()
     meter = Meter(stage, state)
     with stop_signals() as stopped, meter.bar:
-        while progress() < 1:
-            batches = data.batches(size, options.seed, state.epoch, state.item)
-            while taken := list(itertools.islice(batches, options.grad_accum)):
-                group = [batch for _, batch in taken]
-                lr = learning_rate(options, state.step, progress())
-                nats, n_tokens, usage = train_step(group, lr)
-                if state.skipped == MAX_SKIPPED:
-                    raise HRMError(
-                        f"{MAX_SKIPPED} steps in a row without a finite gradient: "
-                        "try a lower --lr or --precision fp32"
-                    )
-                state.step += 1
-                state.item = taken[-1][0]
-                state.bytes_seen += n_tokens
-                state.seconds = time.perf_counter() - begin
-                meter.add(nats, n_tokens, usage)
-                done = progress()
-                meter.show(state, done, lr, force=done >= 1)
-                if done * N_SCORES >= state.scored + 1 and done < 1:
-                    state.scored = int(done * N_SCORES)
-                    score(meter)
-                if stopped():
-                    save("last")
-                    save_state()
-                    raise Interrupted
-                if done >= 1:
-                    break
-            else:
+        for taken in batch_groups():
+            group = [batch for _, batch in taken]
+            lr = learning_rate(options, state.step, progress())
+            nats, n_tokens, usage = train_step(group, lr)
+            if state.skipped == MAX_SKIPPED:
+                raise HRMError(
+                    f"{MAX_SKIPPED} steps in a row without a finite gradient: "
+                    "try a lower --lr or --precision fp32"
+                )
+            state.step += 1
+            state.bytes_seen += n_tokens
+            state.item = taken[-1][0]
+            epoch_is_over = state.item == len(data)
+            if epoch_is_over:
                 state.epoch, state.item = state.epoch + 1, 0
+            state.seconds = time.perf_counter() - begin
+            meter.add(nats, n_tokens, usage)
+            done = progress()
+            meter.show(state, done, lr, force=done >= 1)
+            if done * N_SCORES >= state.scored + 1 and done < 1:
+                state.scored = int(done * N_SCORES)
+                # A short run is for training: only where time counts may its scores be fewer.
+                if options.minutes is None or state.scoring < SCORING_SHARE * state.seconds:
+                    score()
+            if epoch_is_over:
                 save(f"epoch{state.epoch}")
                 (folder / f"{stage}_epoch{state.epoch - options.keep}.pt").unlink(missing_ok=True)
                 save_state()
-        score(meter)
+            if stopped():
+                save("last")
+                save_state()
+                raise Interrupted
+        score()
         last = save("last")
         save_state()
     best = folder / f"{stage}_best.pt"
     if score_often is None:
-        shutil.copyfile(last, best)
+        save("best")
         return TrainResult(best, last, state.step, state.bytes_seen, state.seconds, None)
     model.load_state_dict(load_checkpoint(best).weights)
     final = score_last(model)

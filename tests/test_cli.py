@@ -108,7 +108,7 @@ def test_progress_is_lines_on_stderr_and_results_on_stdout(trained: Path, run: R
     out = run("pretrain", trained / "corpus.txt", "--steps", "3", *SMALL)
     assert out.returncode == 0
     assert "bits/byte" in out.stderr and "\r" not in out.stderr
-    assert "bits_per_byte" in out.stdout and "checkpoints/pretrain_best.pt" in out.stdout
+    assert "bits per byte" in out.stdout and "checkpoints/pretrain_best.pt" in out.stdout
 
 
 def test_python_api(trained: Path) -> None:
