@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from .data import (
     Batch,
@@ -25,6 +23,7 @@ from .data import (
 )
 from .device import autocast, choose_precision
 from .model import HRMModel
+from .progress import scoring_bar
 from .sampling import answer_batch, window_start
 from .tokenizer import BOS, PAD
 
@@ -214,15 +213,3 @@ def evaluate(
     text = load_stream([path], encoding)
     with scoring_bar(len(text), "B", show_progress) as bar:
         return score_stream(model, text, dtype, batch_size, bar.update)
-
-
-def scoring_bar(total: int, unit: str, show: bool = True) -> tqdm[NoReturn]:
-    """A progress bar on stderr, where that is a terminal."""
-    return tqdm(
-        total=total,
-        unit=unit,
-        unit_scale=unit == "B",
-        desc="scoring",
-        leave=False,
-        disable=None if show else True,
-    )

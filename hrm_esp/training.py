@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer, SparseAdam
-from tqdm import tqdm
 
 from . import __version__
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -42,22 +41,25 @@ from .evaluation import (
     pair_bits,
     score_pairs,
     score_stream,
-    scoring_bar,
 )
-from .layers import NgramEmbedding
 from .model import HRMModel
+from .optim import (
+    batch_shape,
+    build_optimizers,
+    learning_rate,
+    matrices_and_rest,
+    ngram_tables,
+    set_learning_rate,
+)
+from .progress import Meter, entropy, scoring_bar
 from .tokenizer import PAD
 
 SCORED_OFTEN = 16_384  # bytes of held-out text scored while training
 SCORED_LAST = 1_000_000  # ... and at the end
 ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
-NGRAM_LR = 10.0  # of lr: a row of the n-gram table is met rarely, so its steps are longer
-NEWTON_SCHULZ = 3  # steps of Muon; five take a tenth more of the time and bring no better text
-# Until which share of a run, the fraction of a batch and the pieces of a window.
-GROWTH = ((0.3, 4, 4), (0.7, 2, 2))
 SCORING_SHARE = 0.04  # of the time, at most
 N_SCORES = 8  # times a run is scored, evenly spaced
-LOG_SECONDS = 10.0  # between lines, where there is no terminal
+STATE_SECONDS = 60.0  # at least, between two states saved at the end of an epoch
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
@@ -135,24 +137,25 @@ def train_lm(
     model = HRMModel(config).to(device)
     dtype = choose_precision(device, options.precision)
 
-    def score_often(model: HRMModel) -> float:
+    def score_some(model: HRMModel) -> float:
         return score_stream(model, held_out[:SCORED_OFTEN], dtype).bits_per_byte
 
-    def score_last(model: HRMModel) -> TextScore:
+    def score_all(model: HRMModel) -> TextScore:
         text = held_out[:SCORED_LAST]
         with scoring_bar(len(text), "B") as bar:
             return score_stream(model, text, dtype, progress=bar.update)
 
-    return fit(
+    trainer = Trainer(
         model,
         LMDataset(stream, config.max_len, options.planner_view),
         options,
         stage="pretrain",
         data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
-        about=f"{len(stream):,} bytes of text, {len(held_out):,} held out",
-        score_often=score_often if len(held_out) else None,
-        score_last=score_last,
+        score=score_some if len(held_out) else None,
     )
+    announce("pretrain", model, dtype, f"{len(stream):,} bytes of text, {len(held_out):,} held out")
+    trainer.run()
+    return trainer.result(score_all)
 
 
 def train_ft(
@@ -187,23 +190,33 @@ def train_ft(
     model = model_to_finetune(start, options).to(device)
     dtype = choose_precision(device, options.precision)
 
-    def score_often(model: HRMModel) -> float:
+    def score_some(model: HRMModel) -> float:
         return pair_bits(model, TSVDataset(held_out.pairs[:ROWS_OFTEN], held_out.max_len), dtype)
 
-    def score_last(model: HRMModel) -> PairScore:
+    def score_all(model: HRMModel) -> PairScore:
         rows = TSVDataset(held_out.pairs[:ROWS_LAST], held_out.max_len)
         with scoring_bar(len(rows), "row") as bar:
             return score_pairs(model, rows, dtype, progress=bar.update)
 
-    return fit(
+    trainer = Trainer(
         model,
         data,
         options,
         stage="finetune",
         data_id=f"{len(data)}:{zlib.crc32(repr(data.pairs).encode()):08x}",
-        about=f"{len(data):,} rows, {len(held_out):,} held out",
-        score_often=score_often if len(held_out) else None,
-        score_last=score_last,
+        score=score_some if len(held_out) else None,
+    )
+    announce("finetune", model, dtype, f"{len(data):,} rows, {len(held_out):,} held out")
+    trainer.run()
+    return trainer.result(score_all)
+
+
+def announce(stage: str, model: HRMModel, dtype: torch.dtype, data: str) -> None:
+    """Says on stderr what is about to be trained, and on what."""
+    precision = str(dtype).removeprefix("torch.")
+    print(
+        f"{stage}: {model.n_parameters():,} parameters, {data}; {model.device} in {precision}",
+        file=sys.stderr,
     )
 
 
@@ -244,81 +257,18 @@ def check_folder(options: TrainConfig, stage: str) -> None:
         )
 
 
-def matrices_and_rest(model: HRMModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The 2-D weights inside the blocks, and all other parameters."""
-    blocks = [*model.planner.blocks.parameters(), *model.executor.blocks.parameters()]
-    matrices = [p for p in blocks if p.ndim == 2]
-    chosen = {*map(id, matrices), *map(id, ngram_tables(model))}
-    return matrices, [p for p in model.parameters() if id(p) not in chosen]
-
-
-def ngram_tables(model: HRMModel) -> list[Tensor]:
-    """The n-gram tables, whose gradients are sparse."""
-    return [m.table.weight for m in model.modules() if isinstance(m, NgramEmbedding)]
-
-
-def build_optimizers(model: HRMModel, options: TrainConfig) -> list[Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices in the blocks, its steps scaled to the size of
-    AdamW's (Liu et al. 2025, section 2.2), so that one learning rate serves both; AdamW for the
-    rest, without weight decay."""
-    matrices, rest = matrices_and_rest(model)
-    adamw: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.95), "fused": True}
-    decay = options.weight_decay
-    tables = ngram_tables(model)
-    sparse = [SparseAdam(tables, lr=options.lr, betas=(0.9, 0.95))] if tables else []
-    if options.optimizer == "adamw":
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0}]
-        return [AdamW(groups, **adamw), *sparse]
-    return [
-        Muon(
-            matrices,
-            lr=options.lr,
-            weight_decay=decay,
-            ns_steps=NEWTON_SCHULZ,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        AdamW(rest, weight_decay=0.0, **adamw),
-        *sparse,
-    ]
-
-
-def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
-    """Warm-up, stable, linear decay (Hu et al. 2024, section 4.1). ``progress``: 0 to 1."""
-    warm = min(1.0, (step + 1) / max(1, options.warmup))
-    left = min(1.0, (1 - progress) / options.decay) if options.decay else 1.0
-    return options.lr * warm * max(0.0, left)
-
-
-def batch_shape(options: TrainConfig, max_len: int, progress: float) -> tuple[int, int]:
-    """Windows a batch, and the pieces each is cut into.
-
-    Short windows in small batches at first (Li et al. 2022): most of what is near is learned from
-    them at a fraction of the time.
-    """
-    if isinstance(options, PretrainConfig) and options.grow:
-        for until, fewer, pieces in GROWTH:
-            if progress < until and max_len % pieces == 0:
-                return max(1, options.batch_size // fewer), pieces
-    return options.batch_size, 1
-
-
-def codebook_penalty(code_logits: Tensor, groups: int) -> Tensor:
+def codebook_penalty(code_logits: Tensor) -> Tensor:
     """Nats short of even use: log K - (H(mean choice) - mean H(choice)), averaged over codebooks.
 
     The bracket is the mutual information of row and code. It is largest when every row is sure of
     its code and all codes are used alike, so that it never blurs a single choice.
 
     Args:
-        code_logits: (B, G * K).
+        code_logits: (B, G, K).
     """
-    p = code_logits.unflatten(-1, (groups, -1)).softmax(-1)  # (B, G, K)
+    p = code_logits.float().softmax(-1)
     information = entropy(p.mean(0)) - entropy(p).mean(0)  # (G,)
     return math.log(p.shape[-1]) - information.mean()
-
-
-def entropy(p: Tensor) -> Tensor:
-    """(..., K) -> (...), in nats."""
-    return -(p * p.clamp(min=1e-9).log()).sum(-1)
 
 
 @contextmanager
@@ -342,256 +292,248 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class Meter:
-    """Loss and speed since the last look, on a bar or in lines on stderr."""
-
-    def __init__(self, title: str, state: RunState) -> None:
-        self.bar = tqdm(
-            total=100, desc=title, disable=None, unit="%", bar_format=(
-                "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-            ),
-        )  # fmt: skip
-        self.lines = self.bar.disable
-        self.shown_at = time.perf_counter()
-        self.reset(state)
-
-    def reset(self, state: RunState) -> None:
-        self.nats, self.tokens = 0.0, 0
-        self.usage: Tensor | None = None
-        self.since, self.bytes_then = time.perf_counter(), state.bytes_seen
-
-    def add(self, nats: float, tokens: int, usage: Tensor | None) -> None:
-        """``usage`` (G, K): how often each code was chosen."""
-        self.nats, self.tokens = self.nats + nats, self.tokens + tokens
-        if usage is not None:
-            self.usage = usage if self.usage is None else self.usage + usage
-
-    def show(self, state: RunState, progress: float, lr: float, force: bool = False) -> None:
-        now = time.perf_counter()
-        wait = LOG_SECONDS if self.lines else 0.5
-        if not self.tokens or (not force and now - self.shown_at < wait):
-            return
-        bpb = self.nats / self.tokens / math.log(2)
-        speed = (state.bytes_seen - self.bytes_then) / (now - self.since)
-        parts = [f"train {bpb:.3f}"]
-        parts += [] if state.val_bpb is None else [f"val {state.val_bpb:.3f}"]
-        parts += ["bits/byte", f"{speed:,.0f} B/s"]
-        if self.usage is not None:
-            p = self.usage / self.usage.sum(-1, keepdim=True)
-            parts.append(f"codes {entropy(p).exp().mean():.1f}")
-        if self.lines:
-            left = state.seconds / progress - state.seconds if progress else math.inf
-            print(
-                f"step {state.step:,} ({progress:.0%}, {left:,.0f} s left): {', '.join(parts)}, "
-                f"lr {lr:.2g}",
-                file=sys.stderr,
-            )
-        else:
-            self.bar.n = round(100 * progress, 1)
-            self.bar.set_postfix_str(" ".join(parts))
-        self.shown_at = now
-        if now - self.since > LOG_SECONDS:
-            self.reset(state)
-
-    def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
-
-
-def fit(
-    model: HRMModel,
-    data: Dataset,
-    options: TrainConfig,
-    *,
-    stage: str,
-    data_id: str,
-    about: str,
-    score_often: Callable[[HRMModel], float] | None,
-    score_last: Callable[[HRMModel], TextScore | PairScore],
-) -> TrainResult:
-    """Trains ``model`` on ``data`` and keeps checkpoints in ``options.out_dir``.
+class Trainer:
+    """One run: trains ``model`` on ``data`` and keeps its files in ``options.out_dir``.
 
     Args:
+        stage: ``pretrain`` or ``finetune``; the files are named after it.
         data_id: tells whether a run to be resumed had the same data.
-        about: the data, in words.
-        score_often: bits per byte of some held-out data; ``None`` if nothing is held out.
-        score_last: the score of all of it.
+        score: bits per byte of some held-out data; ``None`` if nothing is held out.
     """
-    folder = Path(options.out_dir)
-    device = model.device
-    dtype = choose_precision(device, options.precision)
-    optimizers = build_optimizers(model, options)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    dense = [p for part in matrices_and_rest(model) for p in part]
-    state = RunState()
-    settings = comparable(options) | {"data": data_id}
 
-    def save(name: str, **more: Any) -> Path:
-        path = folder / f"{stage}_{name}.pt"
-        save_checkpoint(
-            Checkpoint(model.config, model.state_dict(), stage, state.step, state.bytes_seen,
-                       state.val_bpb, __version__, **more),
-            path,
-        )  # fmt: skip
-        return path
+    def __init__(
+        self,
+        model: HRMModel,
+        data: Dataset,
+        options: TrainConfig,
+        *,
+        stage: str,
+        data_id: str,
+        score: Callable[[HRMModel], float] | None,
+    ) -> None:
+        self.model, self.data, self.options, self.stage = model, data, options, stage
+        self.score_some = score
+        self.folder = Path(options.out_dir)
+        self.device = model.device
+        self.dtype = choose_precision(self.device, options.precision)
+        self.optimizers = build_optimizers(model, options)
+        self.dense = [p for part in matrices_and_rest(model) for p in part]
+        self.tables = ngram_tables(model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.settings = comparable(options) | {"data": data_id}
+        self.state = RunState()
+        self.saved_at = time.perf_counter()
+        if options.resume:
+            self.resume()
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob(f"{stage}_*.pt"):
+                old.unlink()
+        if options.compile:
+            for block in (*model.planner.blocks, *model.executor.blocks):
+                block.compile()
 
-    def save_state() -> None:
+    def path(self, name: str) -> Path:
+        return self.folder / f"{self.stage}_{name}.pt"
+
+    def save(self, name: str, training: dict[str, Any] | None = None) -> None:
+        state = self.state
+        content = Checkpoint(
+            self.model.config,
+            self.model.state_dict(),
+            self.stage,
+            state.step,
+            state.bytes_seen,
+            state.val_bpb,
+            __version__,
+            training,
+        )
+        save_checkpoint(content, self.path(name))
+
+    def save_state(self) -> None:
+        """All that an exact continuation needs."""
+        cuda = self.device.type == "cuda"
         training = {
-            "run": asdict(state),
-            "settings": settings,
-            "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": scaler.state_dict(),
+            "run": asdict(self.state),
+            "settings": self.settings,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
-        save("state", training=training)
+        self.save("state", training)
+        self.saved_at = time.perf_counter()
 
-    if options.resume:
-        saved = load_checkpoint(folder / f"{stage}_state.pt")
+    def resume(self) -> None:
+        """Takes over the state in the folder.
+
+        Raises:
+            HRMError: it is of another model, other data or other options.
+        """
+        saved = load_checkpoint(self.path("state"))
         training = saved.training or {}
-        if saved.config != model.config or training.get("settings") != settings:
-            differ = differences(training.get("settings", {}), settings) or ["the model"]
-            raise HRMError(f"cannot resume: {', '.join(differ)} changed since the run in {folder}")
-        model.load_state_dict(saved.weights)
-        for optimizer, content in zip(optimizers, training["optimizers"], strict=True):
+        old = training.get("settings", {})
+        changed = [
+            k if k == "data" else f"--{k}" for k, v in self.settings.items() if old.get(k) != v
+        ]
+        if saved.config != self.model.config:
+            changed.append("the model")
+        if changed:
+            raise HRMError(f"cannot resume the run in {self.folder}: {', '.join(changed)} changed")
+        self.model.load_state_dict(saved.weights)
+        for optimizer, content in zip(self.optimizers, training["optimizers"], strict=True):
             optimizer.load_state_dict(content)
-        scaler.load_state_dict(training["scaler"])
+        self.scaler.load_state_dict(training["scaler"])
         torch.set_rng_state(training["random"])
-        if training["random_cuda"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(training["random_cuda"], device)
-        state = RunState(**training["run"])
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"{stage}_*.pt"):
-            old.unlink()
-    if options.compile:
-        for block in (*model.planner.blocks, *model.executor.blocks):
-            block.compile()
+        if training["random_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(training["random_cuda"], self.device)
+        self.state = RunState(**training["run"])
 
-    def progress() -> float:
+    def progress(self) -> float:
+        """The share of the run that is done, 0 to 1."""
+        options, state = self.options, self.state
         if options.minutes is not None:
             return min(1.0, state.seconds / (60 * options.minutes))
         if options.steps is not None:
             return min(1.0, state.step / options.steps)
         assert options.epochs is not None
-        return min(1.0, (state.epoch + state.item / len(data)) / options.epochs)
+        return min(1.0, (state.epoch + state.item / len(self.data)) / options.epochs)
 
-    def size() -> tuple[int, int]:
-        return batch_shape(options, model.config.max_len, progress())
-
-    def batch_groups() -> Iterator[list[tuple[int, Batch]]]:
+    def groups(self) -> Iterator[list[tuple[int, Batch]]]:
         """The batches of each step, until the run is over."""
-        while progress() < 1:
-            batches = data.batches(size, options.seed, state.epoch, state.item)
-            while progress() < 1 and (taken := list(itertools.islice(batches, options.grad_accum))):
-                yield taken
 
-    def train_step(group: list[Batch], lr: float) -> tuple[float, int, Tensor | None]:
-        """One optimizer step over some batches; the nats, the tokens and the codes chosen."""
-        n_tokens = sum(int((b.y_out != PAD).sum()) for b in group)
+        def size() -> tuple[int, int]:
+            return batch_shape(self.options, self.model.config.max_len, self.progress())
+
+        while self.progress() < 1:
+            seed, state = self.options.seed, self.state
+            batches = self.data.batches(size, seed, state.epoch, state.item)
+            while group := list(itertools.islice(batches, self.options.grad_accum)):
+                yield group
+                if self.progress() >= 1:
+                    return
+
+    def run(self) -> None:
+        """Trains until the run is over.
+
+        Raises:
+            HRMError: many steps in a row had no finite gradient.
+            Interrupted: Ctrl-C or SIGTERM, after saving.
+        """
+        state = self.state
+        begin = time.perf_counter() - state.seconds
+        self.model.train()
+        meter = Meter(self.stage, state)
+        with stop_signals() as stopped, meter.bar:
+            for group in self.groups():
+                lr = learning_rate(self.options, state.step, self.progress())
+                set_learning_rate(self.optimizers, lr)
+                nats, n_tokens, usage = self.step([batch for _, batch in group])
+                state.step += 1
+                state.bytes_seen += n_tokens
+                state.item = group[-1][0]
+                state.seconds = time.perf_counter() - begin
+                if epoch_is_over := state.item == len(self.data):
+                    state.epoch, state.item = state.epoch + 1, 0
+                meter.add(nats, n_tokens, usage)
+                meter.show(state, self.progress(), lr)
+                self.score_if_due()
+                if epoch_is_over:
+                    self.save_epoch()
+                if stopped():
+                    self.save("last")
+                    self.save_state()
+                    raise Interrupted
+            if self.score_some is None:
+                self.save("best")
+            else:
+                self.score()
+            self.save("last")
+            self.save_state()
+
+    def step(self, batches: list[Batch]) -> tuple[float, int, Tensor | None]:
+        """One optimizer step; its loss in nats, summed, its tokens, and counts of codes (G, K)."""
+        n_tokens = sum(int((b.y_out != PAD).sum()) for b in batches)
+        n_rows = sum(len(b.y_out) for b in batches)
         nats, usage = 0.0, None
-        for batch in group:
-            batch = batch.to(device)
-            with autocast(device, dtype):
-                logits, codes = model(batch.prompt_ids, batch.y_in, batch.reads_memory)
+        for batch in batches:
+            batch = batch.to(self.device)
+            with autocast(self.device, self.dtype):
+                logits, codes = self.model(batch.prompt_ids, batch.y_in, batch.reads_memory)
             loss = cross_entropy(logits, batch.y_out) / n_tokens
             nats += loss.item() * n_tokens
             if codes is not None:
-                groups = model.config.n_plan_groups
-                chosen = codes.detach().unflatten(-1, (groups, -1))
-                p = torch.nn.functional.one_hot(chosen.argmax(-1), chosen.shape[-1]).sum(0).float()
-                usage = p if usage is None else usage + p
-                if options.codebook_penalty:
-                    penalty = codebook_penalty(codes, groups) * (len(batch.y_out) / rows(group))
-                    loss = loss + options.codebook_penalty * penalty
-            scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = lr * (NGRAM_LR if isinstance(optimizer, SparseAdam) else 1)
-        norm = torch.nn.utils.clip_grad_norm_(dense, options.grad_clip or math.inf)
-        if math.isfinite(norm.item()):
-            state.skipped = 0
-            for optimizer in optimizers:
-                scaler.step(optimizer)
+                codes = codes.unflatten(-1, (self.model.config.n_plan_groups, -1))
+                chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()
+                usage = chosen if usage is None else usage + chosen
+                share = self.options.codebook_penalty * len(batch.y_out) / n_rows
+                loss = loss + share * codebook_penalty(codes)
+            self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        if self.gradient_is_finite():
+            self.state.skipped = 0
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         else:
-            state.skipped += 1
-        scaler.update()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        return nats, n_tokens, usage
-
-    def score() -> None:
-        if score_often is None:
-            return
-        start = time.perf_counter()
-        state.val_bpb = score_often(model)
-        state.scoring += time.perf_counter() - start
-        if state.best_bpb is None or state.val_bpb < state.best_bpb:
-            state.best_bpb = state.val_bpb
-            save("best")
-
-    print(
-        f"{stage}: {model.n_parameters():,} parameters on {device} in {str(dtype)[6:]}; "
-        f"{about}, checkpoints in {folder}",
-        file=sys.stderr,
-    )
-    begin = time.perf_counter() - state.seconds
-    model.train()
-    meter = Meter(stage, state)
-    with stop_signals() as stopped, meter.bar:
-        for taken in batch_groups():
-            group = [batch for _, batch in taken]
-            lr = learning_rate(options, state.step, progress())
-            nats, n_tokens, usage = train_step(group, lr)
-            if state.skipped == MAX_SKIPPED:
+            self.state.skipped += 1
+            if self.state.skipped == MAX_SKIPPED:
                 raise HRMError(
                     f"{MAX_SKIPPED} steps in a row without a finite gradient: "
                     "try a lower --lr or --precision fp32"
                 )
-            state.step += 1
-            state.bytes_seen += n_tokens
-            state.item = taken[-1][0]
-            epoch_is_over = state.item == len(data)
-            if epoch_is_over:
-                state.epoch, state.item = state.epoch + 1, 0
-            state.seconds = time.perf_counter() - begin
-            meter.add(nats, n_tokens, usage)
-            done = progress()
-            meter.show(state, done, lr, force=done >= 1)
-            if done * N_SCORES >= state.scored + 1 and done < 1:
-                state.scored = int(done * N_SCORES)
-                # A short run is for training: only where time counts may its scores be fewer.
-                if options.minutes is None or state.scoring < SCORING_SHARE * state.seconds:
-                    score()
-            if epoch_is_over:
-                save(f"epoch{state.epoch}")
-                (folder / f"{stage}_epoch{state.epoch - options.keep}.pt").unlink(missing_ok=True)
-                save_state()
-            if stopped():
-                save("last")
-                save_state()
-                raise Interrupted
-        score()
-        last = save("last")
-        save_state()
-    best = folder / f"{stage}_best.pt"
-    if score_often is None:
-        save("best")
-        return TrainResult(best, last, state.step, state.bytes_seen, state.seconds, None)
-    model.load_state_dict(load_checkpoint(best).weights)
-    final = score_last(model)
-    return TrainResult(best, last, state.step, state.bytes_seen, state.seconds, final)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return nats, n_tokens, usage
 
+    def gradient_is_finite(self) -> bool:
+        """Clips the gradient; false if any of it is NaN or infinite."""
+        norm = nn.utils.clip_grad_norm_(self.dense, self.options.grad_clip or math.inf)
+        for table in self.tables:
+            if table.grad is not None:
+                norm = norm + table.grad.coalesce().values().norm()
+        return math.isfinite(norm.item())
 
-def rows(group: list[Batch]) -> int:
-    return sum(len(b.y_out) for b in group)
+    def score_if_due(self) -> None:
+        """Scores ``N_SCORES`` times a run; fewer if a timed run is too short for that."""
+        state, due = self.state, int(self.progress() * N_SCORES)
+        if state.scored < due < N_SCORES:
+            state.scored = due
+            if self.options.minutes is None or state.scoring < SCORING_SHARE * state.seconds:
+                self.score()
+
+    def score(self) -> None:
+        """Scores some held-out data, and keeps the model if it is the best so far."""
+        if self.score_some is None:
+            return
+        state, start = self.state, time.perf_counter()
+        state.val_bpb = self.score_some(self.model)
+        state.scoring += time.perf_counter() - start
+        if state.best_bpb is None or state.val_bpb < state.best_bpb:
+            state.best_bpb = state.val_bpb
+            self.save("best")
+
+    def save_epoch(self) -> None:
+        epoch = self.state.epoch
+        self.save(f"epoch{epoch}")
+        self.path(f"epoch{epoch - self.options.keep}").unlink(missing_ok=True)
+        if time.perf_counter() - self.saved_at > STATE_SECONDS:
+            self.save_state()
+
+    def result(self, score: Callable[[HRMModel], TextScore | PairScore]) -> TrainResult:
+        """What the run came to, by the score of its best model."""
+        final = None
+        if self.score_some is not None:
+            self.model.load_state_dict(load_checkpoint(self.path("best")).weights)
+            final = score(self.model)
+        state = self.state
+        return TrainResult(
+            self.path("best"), self.path("last"), state.step, state.bytes_seen, state.seconds, final
+        )
 
 
 def comparable(options: TrainConfig) -> dict[str, Any]:
     """The options that a resumed run must share."""
     free = {"out_dir", "resume", "overwrite", "keep", "compile"}
     return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return ["the data" if k == "data" else f"--{k}" for k in new if old.get(k, new[k]) != new[k]]

@@ -11,14 +11,16 @@ from hrm_esp.checkpoint import Checkpoint, load_checkpoint
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
 from hrm_esp.errors import HRMError
-from hrm_esp.training import (
-    Interrupted,
+from hrm_esp.optim import (
     build_optimizers,
-    codebook_penalty,
     learning_rate,
     matrices_and_rest,
-    model_to_finetune,
     ngram_tables,
+)
+from hrm_esp.training import (
+    Interrupted,
+    codebook_penalty,
+    model_to_finetune,
     train_ft,
     train_lm,
 )
@@ -51,7 +53,7 @@ def test_training_learns_and_says_so_honestly(corpus: Path, tmp_path: Path) -> N
     long = train_lm(corpus, CONFIG, options(tmp_path / "b", steps=120))
     assert short.score and long.score
     assert long.score.bits_per_byte < 2.6 < short.score.bits_per_byte < 8.1
-    assert long.bytes_seen > 100 * 4 * 30
+    assert long.bytes_seen > 10 * short.bytes_seen > 0
 
 
 def test_the_files_of_a_run(corpus: Path, tmp_path: Path) -> None:
@@ -196,21 +198,20 @@ def test_the_penalty_wants_even_use_and_sure_choices() -> None:
     sure_and_even = 50.0 * torch.eye(4).repeat(2, 1)
     sure_and_same = 50.0 * torch.eye(4)[:1].repeat(8, 1)
     blurred = torch.zeros(8, 4)
-    assert codebook_penalty(sure_and_even, 1) == pytest.approx(0, abs=1e-4)
+    assert codebook_penalty(sure_and_even[:, None]) == pytest.approx(0, abs=1e-4)
     for bad in (sure_and_same, blurred):
-        assert codebook_penalty(bad, 1) == pytest.approx(math.log(4), abs=1e-4)
-    both = torch.cat((sure_and_even, sure_and_same), 1)
-    assert codebook_penalty(both, 2) == pytest.approx(math.log(4) / 2, abs=1e-4)
+        assert codebook_penalty(bad[:, None]) == pytest.approx(math.log(4), abs=1e-4)
+    both = torch.stack((sure_and_even, sure_and_same), 1)
+    assert codebook_penalty(both) == pytest.approx(math.log(4) / 2, abs=1e-4)
 
 
 def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None:
     """Without noise, two batches of 2 windows make the step of one of 4."""
     config = replace(CONFIG, gumbel=False, ngram_dropout=0.0)
-    one = train_lm(corpus, config, options(tmp_path / "a", steps=3, optimizer="adamw"))
+    keywords = {"steps": 3, "optimizer": "adamw", "grow": False}
+    one = train_lm(corpus, config, options(tmp_path / "a", **keywords))
     two = train_lm(
-        corpus,
-        config,
-        options(tmp_path / "b", steps=3, batch_size=2, grad_accum=2, optimizer="adamw"),
+        corpus, config, options(tmp_path / "b", batch_size=2, grad_accum=2, **keywords)
     )
     for name, value in weights(one.last).items():
         torch.testing.assert_close(weights(two.last)[name], value, rtol=1e-3, atol=1e-4)
