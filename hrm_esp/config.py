@@ -194,9 +194,12 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """How to finetune."""
 
-    lr: float = option(3e-3, "training", "peak learning rate, of both optimizers", above=0)
+    batch_size: int = option(2, "training", "tokens a step, in units of max_len", low=1)
     dropout: float = option(
-        0.1, "model", "share of activations dropped in training", low=0, below=1
+        0.0, "model", "share of activations dropped in training", low=0, below=1
+    )
+    ngram_dropout: float = option(
+        0.0, "model", "share of the n-gram vectors dropped in training", low=0, below=1
     )
     context: str = option(
         "memory",

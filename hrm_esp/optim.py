@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer, SparseAdam
@@ -12,48 +12,67 @@ from .layers import NgramEmbedding
 from .model import HRMModel
 
 NGRAM_LR = 10.0  # of lr: a row of the n-gram table is met rarely, so its steps are longer
+# ... of the Planner's blocks in pretraining: their gradient is faint there, and steps all of one size
+# would carry them off at random, so that finetuning would find nothing to read.
+PLANNER_LR = 0.01
+BETAS = (0.9, 0.95)  # of AdamW
 NEWTON_SCHULZ = 3  # steps of Muon; five take a tenth more of the time and bring no better text
 # Until which share of a run, the fraction of a batch and the pieces of a window.
 GROWTH = ((0.3, 4, 4), (0.7, 2, 2))
 
 
-def matrices_and_rest(model: HRMModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The 2-D weights inside the blocks, and all other parameters."""
-    blocks = [*model.planner.blocks.parameters(), *model.executor.blocks.parameters()]
-    matrices = [p for p in blocks if p.ndim == 2]
-    chosen = {*map(id, matrices), *map(id, ngram_tables(model))}
-    return matrices, [p for p in model.parameters() if id(p) not in chosen]
+@dataclass
+class Parameters:
+    """A model's parameters, by how they are trained."""
+
+    planner: list[nn.Parameter]  # the 2-D weights in the Planner's blocks
+    executor: list[nn.Parameter]  # ... and in the Executor's
+    tables: list[nn.Parameter]  # n-gram tables, whose gradients are sparse
+    rest: list[nn.Parameter]
+
+    @classmethod
+    def of(cls, model: HRMModel) -> Parameters:
+        planner, executor = (
+            [p for p in part.blocks.parameters() if p.ndim == 2]
+            for part in (model.planner, model.executor)
+        )
+        embeddings = [m for m in model.modules() if isinstance(m, NgramEmbedding)]
+        tables = [p for m in embeddings for p in m.parameters()]
+        taken = set(map(id, planner + executor + tables))
+        return cls(planner, executor, tables, [p for p in model.parameters() if id(p) not in taken])
+
+    @property
+    def dense(self) -> list[nn.Parameter]:
+        return self.planner + self.executor + self.rest
 
 
-def ngram_tables(model: HRMModel) -> list[nn.Parameter]:
-    """The n-gram tables, whose gradients are sparse."""
-    tables = [m.table for m in model.modules() if isinstance(m, NgramEmbedding)]
-    return [p for table in tables for p in table.parameters()]
-
-
-def build_optimizers(model: HRMModel, options: TrainConfig) -> list[Optimizer]:
+def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices in the blocks, its steps scaled to the size of
     AdamW's (Liu et al. 2025, section 2.2), so that one learning rate serves both; AdamW for the
-    rest, without weight decay."""
-    matrices, rest = matrices_and_rest(model)
-    adamw: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.95), "fused": True}
-    decay = options.weight_decay
-    tables = ngram_tables(model)
-    sparse = [SparseAdam(tables, lr=options.lr, betas=(0.9, 0.95))] if tables else []
-    if options.optimizer == "adamw":
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0}]
-        return [AdamW(groups, **adamw), *sparse]
-    return [
-        Muon(
-            matrices,
-            lr=options.lr,
-            weight_decay=decay,
-            ns_steps=NEWTON_SCHULZ,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        AdamW(rest, weight_decay=0.0, **adamw),
-        *sparse,
+    rest, without weight decay. Each group's ``scale`` is its share of the learning rate."""
+    pretraining = isinstance(options, PretrainConfig)
+    decay = {"weight_decay": options.weight_decay}
+    matrices = [
+        {"params": parameters.planner, "scale": PLANNER_LR if pretraining else 1.0, **decay},
+        {"params": parameters.executor, "scale": 1.0, **decay},
     ]
+    rest = {"params": parameters.rest, "scale": 1.0, "weight_decay": 0.0}
+    tables = {"params": parameters.tables, "scale": NGRAM_LR}
+    optimizers: list[Optimizer] = []
+    if options.optimizer == "muon":
+        optimizers += [Muon(matrices, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")]
+        optimizers += [AdamW([rest], betas=BETAS, fused=True)]
+    else:
+        optimizers += [AdamW([*matrices, rest], betas=BETAS, fused=True)]
+    if parameters.tables:
+        optimizers += [SparseAdam([tables], betas=BETAS)]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
 
 
 def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
@@ -74,9 +93,3 @@ def batch_shape(options: TrainConfig, max_len: int, progress: float) -> tuple[in
             if progress < until and max_len % pieces == 0:
                 return max(1, options.batch_size // fewer), pieces
     return options.batch_size, 1
-
-
-def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * NGRAM_LR if isinstance(optimizer, SparseAdam) else lr

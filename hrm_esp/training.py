@@ -44,11 +44,10 @@ from .evaluation import (
 )
 from .model import HRMModel
 from .optim import (
+    Parameters,
     batch_shape,
     build_optimizers,
     learning_rate,
-    matrices_and_rest,
-    ngram_tables,
     set_learning_rate,
 )
 from .progress import Meter, entropy, scoring_bar
@@ -234,6 +233,7 @@ def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
         start.config,
         memory=options.context == "memory",
         dropout=options.dropout,
+        ngram_dropout=options.ngram_dropout,
         gumbel=start.config.gumbel and options.gumbel,
     )
     model = HRMModel(config)
@@ -316,9 +316,8 @@ class Trainer:
         self.folder = Path(options.out_dir)
         self.device = model.device
         self.dtype = choose_precision(self.device, options.precision)
-        self.optimizers = build_optimizers(model, options)
-        self.dense = [p for part in matrices_and_rest(model) for p in part]
-        self.tables = ngram_tables(model)
+        self.parameters = Parameters.of(model)
+        self.optimizers = build_optimizers(self.parameters, options)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.settings = comparable(options) | {"data": data_id}
         self.state = RunState()
@@ -489,8 +488,8 @@ class Trainer:
 
     def gradient_is_finite(self) -> bool:
         """Clips the gradient; false if any of it is NaN or infinite."""
-        norm = nn.utils.clip_grad_norm_(self.dense, self.options.grad_clip or math.inf)
-        for table in self.tables:
+        norm = nn.utils.clip_grad_norm_(self.parameters.dense, self.options.grad_clip or math.inf)
+        for table in self.parameters.tables:
             if table.grad is not None:
                 norm = norm + table.grad.coalesce().values().norm()
         return math.isfinite(norm.item())

@@ -12,10 +12,9 @@ from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
 from hrm_esp.errors import HRMError
 from hrm_esp.optim import (
+    Parameters,
     build_optimizers,
     learning_rate,
-    matrices_and_rest,
-    ngram_tables,
 )
 from hrm_esp.training import (
     Interrupted,
@@ -139,7 +138,7 @@ def test_finetuning_starts_from_the_same_function(corpus: Path) -> None:
     reads = torch.ones(3, dtype=torch.bool)
     torch.testing.assert_close(tuned(prompt, y_in, reads)[0], model(prompt, y_in)[0])
     with_plan = model_to_finetune(start, FinetuneConfig(context="plan"))
-    assert not with_plan.config.memory and with_plan.config.dropout == 0.1
+    assert not with_plan.config.memory and with_plan.config.ngram_dropout == 0
     assert not model_to_finetune(start, FinetuneConfig(gumbel=False)).config.gumbel
     memory = Checkpoint(tuned.config, tuned.state_dict(), "finetune")
     assert model_to_finetune(memory, FinetuneConfig()).config.memory
@@ -172,15 +171,14 @@ def test_the_loss_is_on_the_target_alone() -> None:
 
 def test_all_matrices_of_the_blocks_go_to_muon() -> None:
     model = random_model(memory=True)
-    matrices, rest = matrices_and_rest(model)
-    assert len(matrices) + len(rest) + len(ngram_tables(model)) == len(list(model.parameters()))
+    parameters = Parameters.of(model)
     names = {id(p): n for n, p in model.named_parameters()}
-    for p in matrices:
-        assert "blocks" in names[id(p)] and p.ndim == 2
-    for p in rest:
-        assert "blocks" not in names[id(p)] or "norm" in names[id(p)]
+    for part in ("planner", "executor"):
+        for p in getattr(parameters, part):
+            assert names[id(p)].startswith(f"{part}.blocks") and p.ndim == 2
+    assert all(p.ndim < 2 or "blocks" not in names[id(p)] for p in parameters.rest)
     for optimizer, kinds in (("muon", "Muon AdamW SparseAdam"), ("adamw", "AdamW SparseAdam")):
-        built = build_optimizers(model, PretrainConfig(optimizer=optimizer))
+        built = build_optimizers(parameters, PretrainConfig(optimizer=optimizer))
         assert [type(o).__name__ for o in built] == kinds.split()
         given = [p for o in built for group in o.param_groups for p in group["params"]]
         assert sorted(map(id, given)) == sorted(map(id, model.parameters()))
@@ -210,9 +208,7 @@ def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None
     config = replace(CONFIG, gumbel=False, ngram_dropout=0.0)
     keywords = {"steps": 3, "optimizer": "adamw", "grow": False}
     one = train_lm(corpus, config, options(tmp_path / "a", **keywords))
-    two = train_lm(
-        corpus, config, options(tmp_path / "b", batch_size=2, grad_accum=2, **keywords)
-    )
+    two = train_lm(corpus, config, options(tmp_path / "b", batch_size=2, grad_accum=2, **keywords))
     for name, value in weights(one.last).items():
         torch.testing.assert_close(weights(two.last)[name], value, rtol=1e-3, atol=1e-4)
 
