@@ -63,9 +63,9 @@ class TextStats:
             )
 
 
-def normalize(text: str) -> str:
-    """NFC, so that an accented letter is always the same bytes."""
-    return unicodedata.normalize("NFC", text)
+def to_bytes(text: str) -> bytes:
+    """UTF-8 in NFC, so that an accented letter is always the same bytes; no lone surrogates."""
+    return unicodedata.normalize("NFC", text).encode(errors="ignore")
 
 
 def open_text(path: PathLike, encoding: str) -> IO[str]:
@@ -146,7 +146,7 @@ def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> TextSt
     for path in files:
         stats = TextStats()
         for line in load_corpus_lines(path, encoding, stats):
-            data = normalize(line).encode() + b"\n"
+            data = to_bytes(line) + b"\n"
             stats.documents += 1
             stats.bytes += out.write(data)
         stats.warn(path, encoding)
@@ -352,7 +352,7 @@ def cut(data: bytes, length: int) -> bytes:
 
 def encode_prompt(prompt: str, max_len: int) -> bytes:
     """A prompt to be answered as the Planner reads it: NFC, line breaks as spaces, cut to fit."""
-    return cut(normalize(" ".join(prompt.splitlines())).encode(), max_len)
+    return cut(to_bytes(re.sub("[\r\n]+", " ", prompt)), max_len)
 
 
 class TSVDataset(Sequence[Pair]):
@@ -439,7 +439,7 @@ def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") 
     stats = TextStats()
     pairs, n_cut = [], 0
     for line in load_corpus_lines(path, encoding, stats):
-        data = normalize(line).encode()
+        data = to_bytes(line)
         stats.bytes += len(data)
         prompt, _, target = data.partition(b"\t")
         lm = not target.strip()

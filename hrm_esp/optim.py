@@ -12,13 +12,13 @@ from .layers import NgramEmbedding
 from .model import HRMModel
 
 NGRAM_LR = 10.0  # of lr: a row of the n-gram table is met rarely, so its steps are longer
-# ... of the Planner's blocks in pretraining: their gradient is faint there, and steps all of one size
-# would carry them off at random, so that finetuning would find nothing to read.
+# ... of the Planner's blocks in pretraining: their gradient is faint there, and steps all of one
+# size would carry them off at random, so that finetuning would find nothing to read.
 PLANNER_LR = 0.01
 BETAS = (0.9, 0.95)  # of AdamW
 NEWTON_SCHULZ = 3  # steps of Muon; five take a tenth more of the time and bring no better text
 # Until which share of a run, the fraction of a batch and the pieces of a window.
-GROWTH = ((0.3, 4, 4), (0.7, 2, 2))
+GROWTH = ((0.35, 4, 4), (0.8, 2, 2))
 
 
 @dataclass

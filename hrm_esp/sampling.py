@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .data import as_inputs, encode_prompt, normalize, pad
+from .data import as_inputs, encode_prompt, pad, to_bytes
 from .errors import HRMError
 from .layers import Memory
 from .model import ExecutorCache, HRMModel
@@ -165,9 +166,8 @@ def decode(
 
 def continue_tokens(prompt: str) -> Tensor:
     """BOS and a prompt to be continued, (1, T); a line break in it begins a new document."""
-    text = re.sub("[\r\n]+", "\n", normalize(prompt)).lstrip("\n")
-    data = torch.frombuffer(bytearray(b"\n" + text.encode()), dtype=torch.uint8)
-    return torch.from_numpy(as_inputs(data.numpy()))[None]
+    data = b"\n" + to_bytes(re.sub("[\r\n]+", "\n", prompt).lstrip("\n"))
+    return torch.from_numpy(as_inputs(np.frombuffer(data, dtype=np.uint8)))[None]
 
 
 def stream(

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, Run
+from test_training import MODEL_FLAGS, TRAIN_FLAGS
 
 import hrm_esp
-from hrm_esp.cli import build_parser, underscored
+from hrm_esp.cli import build_parser, from_args, underscored
+from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 
 
 def one_line_error(result: "subprocess.CompletedProcess[str]") -> str:
@@ -77,6 +80,31 @@ def test_every_flag_of_the_design_is_there() -> None:
         assert re.search(rf"^  --{flag}\b", text, re.M), flag
     args = build_parser().parse_args(["pretrain", "a", "b", "--no_gumbel", "--lr", "0.1"])
     assert (args.corpus, args.gumbel, args.lr) == (["a", "b"], False, 0.1)
+
+
+@pytest.mark.parametrize("name", [*MODEL_FLAGS, *TRAIN_FLAGS, "encoding", "out_dir", "keep"])
+def test_every_flag_reaches_its_field(name: str) -> None:
+    value = ({**MODEL_FLAGS, **TRAIN_FLAGS, "encoding": "cp1252", "out_dir": "x", "keep": 9})[name]
+    flags = {True: [f"--{name}"], False: [f"--no_{name}"]} if isinstance(value, bool) else {}
+    args = ["pretrain", *flags.get(value, [f"--{name}", str(value)])]
+    config = HRMConfig if name in MODEL_FLAGS else PretrainConfig
+    built = from_args(config, build_parser().parse_args(args))
+    assert built == replace(
+        config(), **{name: value} | ({"minutes": None} if name == "steps" else {})
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        (["--context", "plan"], {"context": "plan"}),
+        (["--no-gumbel", "--dropout=0.2"], {"gumbel": False, "dropout": 0.2}),
+        (["--epochs", "2", "--batch-size", "7"], {"epochs": 2, "batch_size": 7, "minutes": None}),
+    ],
+)
+def test_finetuning_flags(flags: list[str], changes: dict[str, object]) -> None:
+    args = build_parser().parse_args(["finetune", *map(underscored, flags)])
+    assert from_args(FinetuneConfig, args) == replace(FinetuneConfig(), **changes)
 
 
 def test_the_three_jobs(trained: Path, run: Run) -> None:

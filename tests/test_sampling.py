@@ -66,7 +66,7 @@ def test_windows_keep_half_and_never_overflow(n: int, max_len: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    prompt=st.text(max_size=60),
+    prompt=st.text(st.characters(codec=None), max_size=60) | st.just("\ud800a\0"),
     mode=st.sampled_from(["continue", "answer"]),
     length=st.integers(1, 40),
     temperature=st.sampled_from([0.0, 0.1, 1.0, 50.0]),
