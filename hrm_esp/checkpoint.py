@@ -77,11 +77,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the new name survives a power cut
-    finally:
-        os.close(folder)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the new name survives a power cut
+        finally:
+            os.close(folder)
 
 
 def load_checkpoint(path: PathLike) -> Checkpoint:
@@ -112,9 +113,9 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
         ) from error
     if not isinstance(content, dict) or content.pop("project", None) != "hrm-esp":
         raise foreign
-    if content.pop("format") > FORMAT:
-        raise HRMError(f"{path} was written by a newer hrm-esp: pip install -U hrm-esp")
     try:
+        if content.pop("format") > FORMAT:
+            raise HRMError(f"{path} was written by a newer hrm-esp: pip install -U hrm-esp")
         content["config"] = HRMConfig(**content["config"])
         return Checkpoint(**content)
     except (TypeError, KeyError) as error:

@@ -105,6 +105,8 @@ def machine_trouble(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return "out of memory: give a smaller --batch_size, --max_len or --size"
+    if "C++ compiler" in text:
+        return "--compile needs a C++ compiler: install one, or leave the flag out"
     if "PytorchStreamWriter" in text or "unexpected pos" in text:  # torch.save on a full disk
         return "the checkpoint could not be written: is the disk full?"
     return None
@@ -274,7 +276,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     from .training import train_ft
 
     device = choose_device(args.device, args.cpu)
-    checkpoint = args.ckpt or find_checkpoint(stages=("pretrain",))
+    checkpoint = args.ckpt or find_checkpoint(DEFAULT_DIR, ("pretrain",))
     report(train_ft(args.tsv or NUMBERS, checkpoint, options, val=args.val, device=device))
 
 
@@ -303,6 +305,9 @@ def run_generate(args: argparse.Namespace) -> None:
     names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "seed")
     text = stream(model, prompt, mode=mode, **{n: getattr(args, n) for n in names})
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    if mode == "answer" and len(prompt.encode()) > model.config.max_len:
+        limit = model.config.max_len
+        print(f"warning: only the first {limit} bytes of the prompt are read", file=sys.stderr)
     if mode == "continue":
         print(prompt, end="")
     for character in text:

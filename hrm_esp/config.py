@@ -21,14 +21,14 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def option(default: Any, group: str, text: str, **keywords: Any) -> Any:
-    """A dataclass field that is a command-line flag too.
+    """A dataclass field that is a command-line flag too; the text describes the flag.
 
     Args:
         default: the field's default; a ``bool`` that is true becomes the flag ``--no_<name>``.
         group: the heading under which ``--help`` lists the flag.
         text: the flag's help.
-        keywords: passed on to ``argparse.add_argument`` (``choices``, ``metavar``, ``type``), and
-            ``low`` / ``below``: the smallest value allowed, and a bound no value may reach.
+        keywords: ``choices`` and ``type`` as in ``argparse``; ``low`` and ``high``, the smallest
+            and largest value allowed; ``above`` and ``below``, bounds no value may reach.
     """
     return field(default=default, metadata={"group": group, "help": text, **keywords})
 
@@ -45,6 +45,8 @@ def check_fields(config: Any) -> None:
             raise HRMError(f"{f.name} must be a finite number, not {value}")
         if "low" in meta and value < meta["low"]:
             raise HRMError(f"{f.name} must be at least {meta['low']}, not {value}")
+        if "high" in meta and value > meta["high"]:
+            raise HRMError(f"{f.name} must be at most {meta['high']}, not {value}")
         if "above" in meta and value <= meta["above"]:
             raise HRMError(f"{f.name} must be more than {meta['above']}, not {value}")
         if "below" in meta and value >= meta["below"]:
@@ -66,7 +68,9 @@ class HRMConfig:
     ff_mult: int = option(4, "model", "width of the feed-forward part, in d_model", low=1)
     max_len: int = option(512, "model", "bytes the Executor sees at once", low=8)
     plan_dim: int = option(256, "model", "width of the plan vector", low=1)
-    gumbel: bool = option(True, "model", "a continuous plan instead of one chosen from a codebook")
+    gumbel: bool = option(
+        True, "model", "a continuous plan instead of one expressed in a codebook's codes"
+    )
     n_plan_codes: int = option(32, "model", "codes the plan is chosen from", low=2)
     n_plan_groups: int = option(
         1, "model", "codebooks: the plan is one code from each, side by side", low=1
@@ -129,7 +133,7 @@ class TrainConfig:
     )
     batch_size: int = option(8, "training", "tokens a step, in units of max_len", low=1)
     grad_accum: int = option(1, "training", "batches whose gradients make one step", low=1)
-    lr: float = option(6e-3, "training", "peak learning rate, of both optimizers", above=0)
+    lr: float = option(6e-3, "training", "peak learning rate", above=0)
     optimizer: str = option(
         "muon",
         "training",
@@ -141,9 +145,11 @@ class TrainConfig:
     )
     warmup: int = option(10, "training", "steps in which the learning rate rises", low=0)
     decay: float = option(
-        0.4, "training", "last share of the run, in which it falls to zero", low=0, below=1.000001
+        0.4, "training", "last share of the run, in which it falls to zero", low=0, high=1
     )
-    grad_clip: float = option(1.0, "training", "largest gradient norm; 0 is no limit", low=0)
+    grad_clip: float = option(
+        1.0, "training", "largest gradient norm, n-gram tables aside; 0 is no limit", low=0
+    )
     codebook_penalty: float = option(
         0.01, "training", "weight of the reward for using all codes, in nats", low=0
     )
@@ -160,7 +166,9 @@ class TrainConfig:
         0.05, "data", "share of the data held out and never trained on", low=0, below=1
     )
     encoding: str = option("utf-8", "data", "of the text files: latin-1, cp1252, utf-16, ...")
-    seed: int = option(0, "run", "of the weights, the order of the data and all noise", low=0)
+    seed: int = option(
+        0, "run", "of the weights, the order of the data and all noise", low=0, below=2**63
+    )
     out_dir: str = option(DEFAULT_DIR, "run", "folder for the checkpoints")
     keep: int = option(3, "run", "epoch checkpoints to keep, the newest", low=1)
     resume: bool = option(False, "run", "go on with the run in out_dir where it stopped")

@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass
 class TextStats:
-    """What reading met: documents, their bytes with line breaks, and bytes it could not decode."""
+    """What reading met: documents, their bytes in UTF-8, and bytes it could not decode."""
 
     documents: int = 0
     bytes: int = 0
@@ -85,22 +86,24 @@ def open_text(path: PathLike, encoding: str) -> IO[str]:
         raise HRMError(f"unknown encoding {encoding!r}: try utf-8, latin-1 or cp1252") from error
     except IsADirectoryError as error:
         raise HRMError(f"{path} is a folder: give a file") from error
-    except (UnicodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
     except OSError as error:
-        raise HRMError(f"cannot read {path}: {error.strerror}") from error
+        raise HRMError(
+            f"cannot read {path}: {error.strerror or 'it is not a plain file'}"
+        ) from error
     return file
 
 
 def load_corpus_lines(
     path: PathLike, encoding: str = "utf-8", stats: TextStats | None = None
 ) -> Iterator[str]:
-    """The non-blank lines of a text file, without their line breaks, in constant memory.
+    """The non-blank lines of a text file, without their line breaks, one at a time.
 
     Args:
         path: the file; ``.gz`` is unpacked. A byte order mark and CRLF are no part of a line.
         encoding: of the file; what cannot be decoded is left out.
-        stats: counts what is read.
+        stats: counts the lines and bytes yielded, and the bytes that could not be decoded.
 
     Raises:
         HRMError: the file is missing, a folder, or no text.
@@ -114,8 +117,10 @@ def load_corpus_lines(
                     stats.undecodable += bad
                     line = UNDECODABLE.sub("", line)
                 if line and not line.isspace():
+                    stats.documents += 1
+                    stats.bytes += len(line) if line.isascii() else len(line.encode())
                     yield line
-        except (UnicodeError, EOFError, OSError) as error:
+        except (UnicodeError, zlib.error, EOFError, OSError) as error:
             raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
 
 
@@ -146,9 +151,7 @@ def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> TextSt
     for path in files:
         stats = TextStats()
         for line in load_corpus_lines(path, encoding, stats):
-            data = to_bytes(line) + b"\n"
-            stats.documents += 1
-            stats.bytes += out.write(data)
+            out.write(to_bytes(line) + b"\n")
         stats.warn(path, encoding)
         total.documents += stats.documents
         total.bytes += stats.bytes
@@ -188,19 +191,20 @@ def build_token_file(path: Path, header: bytes, files: Sequence[Path], encoding:
     """Writes beside ``path``, then renames; a failure leaves nothing behind."""
     is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
             file.write(header)
             if not write_stream(files, file, encoding).documents:
                 raise no_text(files)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            if is_new:
-                path.parent.rmdir()
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        if is_new:
+            path.parent.rmdir()
+        raise
 
 
 def has_header(path: Path, header: bytes) -> bool:
@@ -222,15 +226,13 @@ def map_tokens(file: IO[bytes] | Path, offset: int, files: Sequence[Path]) -> St
 
 
 def split_stream(stream: Stream, fraction: float) -> tuple[Stream, Stream]:
-    """The stream without its tail, and the tail: about ``fraction`` of it, whole documents if it
-    holds any."""
+    """The stream without its tail, and the tail: about ``fraction`` of it, whole documents if they
+    are not too long."""
     cut = len(stream) - round(len(stream) * fraction)
-    for begin in range(cut, len(stream), 1 << 20):
-        (breaks,) = np.nonzero(stream[begin : begin + (1 << 20)] == BREAK)
-        if len(breaks):
-            after = begin + int(breaks[0]) + 1
-            cut = after if after < len(stream) else cut
-            break
+    middle = (cut + len(stream)) // 2  # a document longer than half the tail is cut in two
+    (breaks,) = np.nonzero(stream[cut:middle] == BREAK)
+    if len(breaks):
+        cut += int(breaks[0]) + 1
     return stream[:cut], stream[cut:]
 
 
@@ -440,7 +442,6 @@ def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") 
     pairs, n_cut = [], 0
     for line in load_corpus_lines(path, encoding, stats):
         data = to_bytes(line)
-        stats.bytes += len(data)
         prompt, _, target = data.partition(b"\t")
         lm = not target.strip()
         if lm:
@@ -461,11 +462,7 @@ def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") 
 
 
 def split_pairs(data: TSVDataset, fraction: float, seed: int) -> tuple[TSVDataset, TSVDataset]:
-    """Two datasets: most rows, and about ``fraction`` of them held out, drawn by ``seed``."""
+    """Two datasets in random order: most rows, and about ``fraction`` of them held out."""
     order = np.random.default_rng(seed).permutation(len(data))
-    n = round(len(data) * fraction)
-    held_out, kept = np.sort(order[:n]), np.sort(order[n:])
-    return (
-        TSVDataset([data[i] for i in kept], data.max_len),
-        TSVDataset([data[i] for i in held_out], data.max_len),
-    )
+    pairs, n = [data[i] for i in order], round(len(data) * fraction)
+    return TSVDataset(pairs[n:], data.max_len), TSVDataset(pairs[:n], data.max_len)

@@ -34,11 +34,7 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """The dtype of matrix products in training and scoring; float32 means no autocast.
-
-    Raises:
-        HRMError: fp16 on a device without it.
-    """
+    """The dtype of matrix products in training and scoring; float32 means no autocast."""
     if precision == "auto":
         if device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"

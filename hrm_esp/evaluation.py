@@ -43,22 +43,26 @@ class TextScore:
 
 @dataclass(frozen=True)
 class PairScore:
-    """``n`` rows with a target, answered greedily, and the bits per target byte, ends included.
+    """``n`` rows with a target, answered greedily, and the bits per target byte of all rows, ends
+    included.
 
-    Error rates are edits per character and per word of the targets (Levenshtein).
+    Error rates are edits per character and per word of the targets (Levenshtein). All three are
+    ``None`` where no row has a target.
     """
 
-    exact_match: float
-    char_error_rate: float
-    word_error_rate: float
+    exact_match: float | None
+    char_error_rate: float | None
+    word_error_rate: float | None
     bits_per_byte: float
     n: int
 
     def __str__(self) -> str:
+        bits = f"{self.bits_per_byte:.3f} bits per target byte"
+        if self.exact_match is None:
+            return bits
         return (
             f"exact match {self.exact_match:.1%}, character errors {self.char_error_rate:.1%}, "
-            f"word errors {self.word_error_rate:.1%}, {self.bits_per_byte:.3f} bits per byte "
-            f"over {self.n:,} rows"
+            f"word errors {self.word_error_rate:.1%} over {self.n:,} rows, {bits}"
         )
 
 
@@ -79,7 +83,7 @@ def sum_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> float:
 
 
 def scoring_windows(stream: Stream, max_len: int, starts: Sequence[int]) -> Batch:
-    """The windows that begin at each of ``starts``, as generation would come to them.
+    """The windows that begin at each of ``starts``: those the Executor has in generation.
 
     Each predicts the bytes no earlier window predicts; the Planner reads the ``max_len`` bytes
     before the first of them.
@@ -153,15 +157,13 @@ def score_pairs(
     """Scores pairs. Rows without a target have no answer: they count in the bits alone."""
     training = model.training
     model.eval()
-    rows = sorted((p for p in data if not p.lm), key=lambda p: len(p.prompt))
+    rows = sorted((p for p in data if not p.lm), key=lambda p: len(p.target))
     exact = char_edits = word_edits = chars = words = 0
-    # An answer of twice the longest target is wrong already.
-    room = 2 * max((len(p.target) for p in rows), default=0) + 16
     for i in range(0, len(rows), batch_size):
         group = rows[i : i + batch_size]
-        for pair, answer in zip(
-            group, answer_batch(model, [p.prompt for p in group], room), strict=True
-        ):
+        room = 2 * len(group[-1].target) + 16  # an answer that long is wrong already
+        answers = answer_batch(model, [p.prompt for p in group], room)
+        for pair, answer in zip(group, answers, strict=True):
             target = pair.target.decode()
             exact += answer == target
             chars, words = chars + len(target), words + len(target.split())
@@ -170,13 +172,10 @@ def score_pairs(
         if progress is not None:
             progress(len(group))
     model.train(training)
-    return PairScore(
-        exact / max(1, len(rows)),
-        char_edits / max(1, chars),
-        word_edits / max(1, words),
-        pair_bits(model, data, dtype),
-        len(rows),
-    )
+    bits, n = pair_bits(model, data, dtype), len(rows)
+    if not n:
+        return PairScore(None, None, None, bits, 0)
+    return PairScore(exact / n, char_edits / chars, word_edits / max(1, words), bits, n)
 
 
 def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:

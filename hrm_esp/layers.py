@@ -85,7 +85,12 @@ class NgramEmbedding(nn.Module):
         if self.training and self.dropout:
             kept = torch.rand(index.shape, device=ids.device) >= self.dropout
             weights = kept.float().div_(1 - self.dropout).flatten(0, 1)
-        return self.table(index.flatten(0, 1), per_sample_weights=weights).view(*ids.shape, -1)
+        if ids.device.type != "mps":
+            summed = self.table(index.flatten(0, 1), per_sample_weights=weights)
+        else:  # which has no sparse gradients
+            vectors = F.embedding(index.flatten(0, 1), self.table.weight)
+            summed = (vectors if weights is None else vectors * weights[..., None]).sum(1)
+        return summed.view(*ids.shape, -1)
 
     def index(self, ids: Tensor) -> Tensor:
         """ids: (B, reach + T) -> rows of the table, (B, T, orders)."""

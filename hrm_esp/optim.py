@@ -64,7 +64,9 @@ def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optim
         optimizers += [AdamW([rest], betas=BETAS, fused=True)]
     else:
         optimizers += [AdamW([*matrices, rest], betas=BETAS, fused=True)]
-    if parameters.tables:
+    if parameters.tables and parameters.tables[0].device.type == "mps":
+        optimizers += [AdamW([tables], betas=BETAS, weight_decay=0.0)]
+    elif parameters.tables:
         optimizers += [SparseAdam([tables], betas=BETAS)]
     return optimizers
 

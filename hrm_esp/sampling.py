@@ -183,7 +183,7 @@ def stream(
     seed: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[str]:
-    """Writes, yielding character by character.
+    """Writes, yielding character by character; puts the model in evaluation mode.
 
     Args:
         prompt: any text; it is brought to NFC.
@@ -208,6 +208,8 @@ def stream(
     if temperature is None:
         temperature = 0.0 if mode == "answer" else 0.8
     how = Sampling(max_new_tokens, min_new_tokens, temperature, top_k, top_p)
+    if seed is not None and not 0 <= seed < 2**63:
+        raise HRMError(f"seed must be from 0 to 2^63 - 1, not {seed}")
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -225,12 +227,13 @@ def _stream(
     generator: torch.Generator,
     use_cache: bool,
 ) -> Iterator[str]:
+    model.eval()
     if mode == "answer":
         tokens = torch.tensor([[BOS]])
         decoder = answer_decoder(model, [encode_prompt(prompt, model.config.max_len)], use_cache)
     else:
         tokens = continue_tokens(prompt)
-        # As in scoring, the Planner reads the max_len bytes before the first one to be written.
+        # The Planner reads what it can of the end of the prompt; its plan then stands.
         read = torch.cat((torch.tensor([[BOS]]), tokens[:, 1:][:, -model.config.max_len :]), 1)
         plan, _ = model.planner(read.to(model.device))
         decoder = Decoder(model, plan, None, use_cache)

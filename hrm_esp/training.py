@@ -31,6 +31,7 @@ from .data import (
     load_stream,
     split_pairs,
     split_stream,
+    text_files,
 )
 from .device import autocast, choose_device, choose_precision
 from .errors import HRMError
@@ -58,7 +59,8 @@ SCORED_LAST = 1_000_000  # ... and at the end
 ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
 SCORING_SHARE = 0.04  # of the time, at most
 N_SCORES = 8  # times a run is scored, evenly spaced
-STATE_SECONDS = 60.0  # at least, between two states saved at the end of an epoch
+STATE_SECONDS = 300.0  # between two states saved, from which a run can be resumed
+EPOCH_SECONDS = 10.0  # at least, between the checkpoints of two epochs of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
@@ -127,7 +129,10 @@ def train_lm(
     check_folder(options, "pretrain")
     paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
     held_out = None if val is None else load_stream([val], options.encoding)
-    stream = load_stream(paths, options.encoding, options.out_dir)
+    files = [f for f in text_files(paths) if val is None or not f.samefile(val)]
+    if not files:
+        raise HRMError(f"{val} is all the text there is: give another --val, or none")
+    stream = load_stream(files, options.encoding, options.out_dir)
     if held_out is None:
         stream, held_out = split_stream(stream, options.val_fraction)
     if not len(stream):
@@ -181,10 +186,13 @@ def train_ft(
     data = dataset_tsv(tsv, start.config.max_len, encoding=options.encoding)
     if val is not None:
         held_out = dataset_tsv(val, start.config.max_len, encoding=options.encoding)
+        scored = set(held_out.pairs)
+        data = TSVDataset([p for p in data if p not in scored], data.max_len)
+        held_out, _ = split_pairs(held_out, 0.0, options.seed)  # shuffled: the first are scored
     else:
         data, held_out = split_pairs(data, options.val_fraction, options.seed)
     if not len(data):
-        raise HRMError("nothing is left to train on: give a smaller --val_fraction")
+        raise HRMError("nothing is left to train on: give another --val or --val_fraction")
     torch.manual_seed(options.seed)
     model = model_to_finetune(start, options).to(device)
     dtype = choose_precision(device, options.precision)
@@ -250,7 +258,7 @@ def check_folder(options: TrainConfig, stage: str) -> None:
         raise HRMError(f"{folder} is a file: give another --out_dir")
     holds_run = any(folder.glob(f"{stage}_*.pt"))
     if options.resume and not (folder / f"{stage}_state.pt").is_file():
-        raise HRMError(f"no {stage} run to resume in {folder}")
+        raise HRMError(f"no saved state of a {stage} run in {folder}: start without --resume")
     if holds_run and not (options.resume or options.overwrite):
         raise HRMError(
             f"{folder} holds a {stage} run: give --resume, --overwrite or another --out_dir"
@@ -321,13 +329,13 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.settings = comparable(options) | {"data": data_id}
         self.state = RunState()
-        self.saved_at = time.perf_counter()
+        self.stale: list[Path] = []  # files of an overwritten run, until this one has its first
+        self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
         if options.resume:
             self.resume()
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.glob(f"{stage}_*.pt"):
-                old.unlink()
+            self.stale = list(self.folder.glob(f"{stage}_*.pt"))
         if options.compile:
             for block in (*model.planner.blocks, *model.executor.blocks):
                 block.compile()
@@ -348,6 +356,10 @@ class Trainer:
             training,
         )
         save_checkpoint(content, self.path(name))
+        for old in self.stale:
+            if old != self.path(name):
+                old.unlink(missing_ok=True)
+        self.stale = []
 
     def save_state(self) -> None:
         """All that an exact continuation needs."""
@@ -361,7 +373,7 @@ class Trainer:
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
         self.save("state", training)
-        self.saved_at = time.perf_counter()
+        self.state_saved_at = time.perf_counter()
 
     def resume(self) -> None:
         """Takes over the state in the folder.
@@ -439,6 +451,8 @@ class Trainer:
                 self.score_if_due()
                 if epoch_is_over:
                     self.save_epoch()
+                if time.perf_counter() - self.state_saved_at > STATE_SECONDS:
+                    self.save_state()
                 if stopped():
                     self.save("last")
                     self.save_state()
@@ -449,6 +463,8 @@ class Trainer:
                 self.score()
             self.save("last")
             self.save_state()
+            if stopped():
+                raise Interrupted
 
     def step(self, batches: list[Batch]) -> tuple[float, int, Tensor | None]:
         """One optimizer step; its loss in nats, summed, its tokens, and counts of codes (G, K)."""
@@ -491,7 +507,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.dense, self.options.grad_clip or math.inf)
         for table in self.parameters.tables:
             if table.grad is not None:
-                norm = norm + table.grad.coalesce().values().norm()
+                grad = table.grad.coalesce().values() if table.grad.is_sparse else table.grad
+                norm = norm + grad.norm()
         return math.isfinite(norm.item())
 
     def score_if_due(self) -> None:
@@ -514,18 +531,25 @@ class Trainer:
             self.save("best")
 
     def save_epoch(self) -> None:
-        epoch = self.state.epoch
-        self.save(f"epoch{epoch}")
-        self.path(f"epoch{epoch - self.options.keep}").unlink(missing_ok=True)
-        if time.perf_counter() - self.saved_at > STATE_SECONDS:
-            self.save_state()
+        """Keeps the epoch's model; of a timed run's momentary epochs only one now and then."""
+        now = time.perf_counter()
+        if self.options.minutes is not None and now - self.epoch_saved_at < EPOCH_SECONDS:
+            return
+        self.epoch_saved_at = now
+        self.save(f"epoch{self.state.epoch}")
+        kept = sorted(self.folder.glob(f"{self.stage}_epoch*.pt"), key=lambda p: p.stat().st_mtime)
+        for old in kept[: -self.options.keep]:
+            old.unlink()
 
     def result(self, score: Callable[[HRMModel], TextScore | PairScore]) -> TrainResult:
         """What the run came to, by the score of its best model."""
         final = None
         if self.score_some is not None:
             self.model.load_state_dict(load_checkpoint(self.path("best")).weights)
-            final = score(self.model)
+            try:
+                final = score(self.model)
+            except KeyboardInterrupt as error:
+                raise Interrupted from error
         state = self.state
         return TrainResult(
             self.path("best"), self.path("last"), state.step, state.bytes_seen, state.seconds, final

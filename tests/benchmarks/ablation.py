@@ -19,6 +19,7 @@ ROWS: dict[str, dict[str, object]] = {
     "AdamW instead of Muon, lr 2e-3": {"optimizer": "adamw", "lr": 2e-3},
     "no QK-norm": {"qk_norm": False},
     "no zero-initialised outputs": {"zero_init": False},
+    "the Planner's blocks at the full learning rate": {"planner_lr": 1.0},
     "no n-gram embeddings": {"ngram_max": 1},
     "full windows and batches from the start": {"grow": False},
     "Planner view: previous": {"planner_view": "previous"},
@@ -37,15 +38,23 @@ def train(job: tuple[str, argparse.Namespace, int]) -> tuple[str, int, float, in
     import torch
 
     torch.set_num_threads(1)
-    from hrm_esp import layers, model
+    from hrm_esp import layers, model, optim
     from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
     from hrm_esp.training import train_lm
 
     changes = dict(ROWS[name])
-    linear = layers.linear
+    optim.PLANNER_LR = changes.pop("planner_lr", optim.PLANNER_LR)
     if not changes.pop("zero_init", True):
+        linear = layers.linear
         for module in (layers, model):
             module.linear = lambda d_in, d_out, zero=False: linear(d_in, d_out)
+    steps = args.steps
+    if not changes.get("grow", True):  # as many bytes in fewer, larger batches
+        parts = [0.0, *(until for until, _, _ in optim.GROWTH), 1.0]
+        sizes = [1 / fewer for _, fewer, _ in optim.GROWTH] + [1.0]
+        steps = round(
+            steps * sum((b - a) * n for a, b, n in zip(parts, parts[1:], sizes, strict=False))
+        )
     fields = HRMConfig.__dataclass_fields__
     config = {k: v for k, v in changes.items() if k in fields}
     options = {k: v for k, v in changes.items() if k not in fields}
@@ -53,11 +62,9 @@ def train(job: tuple[str, argparse.Namespace, int]) -> tuple[str, int, float, in
         result = train_lm(
             args.corpus,
             HRMConfig(**SIZES[args.size] | config),
-            PretrainConfig(steps=args.steps, seed=seed, out_dir=folder, **options),
+            PretrainConfig(steps=steps, seed=seed, out_dir=folder, **options),
             val=args.held_out,
         )
-    for module in (layers, model):
-        module.linear = linear
     assert result.score is not None
     return name, seed, result.score.bits_per_byte, result.bytes_seen
 
@@ -74,8 +81,8 @@ def main() -> None:
     jobs = [(name, args, seed) for seed in range(args.seeds) for name in args.only]
     scores: dict[str, list[float]] = {name: [] for name in args.only}
     seen = {}
-    with get_context("spawn").Pool(os.cpu_count()) as pool:
-        for name, _, bits, n in pool.imap(train, jobs):
+    with get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        for name, _, bits, n in pool.imap(train, jobs, chunksize=1):
             scores[name].append(bits)
             seen[name] = n
     base = sum(scores[args.only[0]]) / args.seeds
