@@ -13,11 +13,13 @@ from torch import Tensor
 
 from .data import (
     Batch,
+    Pair,
     PathLike,
     Stream,
     TSVDataset,
     as_inputs,
     as_targets,
+    cut,
     dataset_tsv,
     load_stream,
 )
@@ -161,10 +163,10 @@ def score_pairs(
     exact = char_edits = word_edits = chars = words = 0
     for i in range(0, len(rows), batch_size):
         group = rows[i : i + batch_size]
-        room = 2 * len(group[-1].target) + 16  # an answer that long is wrong already
-        answers = answer_batch(model, [p.prompt for p in group], room)
-        for pair, answer in zip(group, answers, strict=True):
-            target = pair.target.decode()
+        # 4 bytes more than are read: what no longer fits would depend on the batch.
+        answers = answer_batch(model, [p.prompt for p in group], enough(group[-1]) + 4)
+        for pair, text in zip(group, answers, strict=True):
+            answer, target = cut(text.encode(), enough(pair)).decode(), pair.target.decode()
             exact += answer == target
             chars, words = chars + len(target), words + len(target.split())
             char_edits += edit_distance(answer, target)
@@ -176,6 +178,11 @@ def score_pairs(
     if not n:
         return PairScore(None, None, None, bits, 0)
     return PairScore(exact / n, char_edits / chars, word_edits / max(1, words), bits, n)
+
+
+def enough(pair: Pair) -> int:
+    """Bytes of an answer to read: a longer one is wrong already."""
+    return 2 * len(pair.target) + 16
 
 
 def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:

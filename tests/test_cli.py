@@ -1,5 +1,6 @@
 """The real command, in a process of its own."""
 
+import gzip
 import json
 import os
 import re
@@ -154,6 +155,8 @@ BAD = {
     "missing corpus": ("pretrain", "nowhere.txt"),
     "empty corpus": ("pretrain", "empty.txt"),
     "binary corpus": ("pretrain", "binary.txt"),
+    "damaged gz": ("pretrain", "damaged.txt.gz"),
+    "huge seed": ("pretrain", "text.txt", "--seed", str(2**64)),
     "folder without text": ("pretrain", "folder"),
     "unknown encoding": ("pretrain", "text.txt", "--encoding", "klingon"),
     "heads do not divide": ("pretrain", "text.txt", "--d_model", "30", "--n_heads", "4"),
@@ -198,6 +201,9 @@ def bad_folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "binary.txt").write_bytes(b"\x7fELF\0\0\1" * 99)
     good = trained / "checkpoints" / "pretrain_best.pt"
     shutil.copy(good, folder / "good.pt")
+    packed = bytearray(gzip.compress(b"Un texto largo. " * 999))
+    packed[20:30] = b"\xff" * 10
+    (folder / "damaged.txt.gz").write_bytes(packed)
     data = bytearray(good.read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "broken.pt").write_bytes(data)

@@ -7,10 +7,11 @@ import torch
 from conftest import CONFIG, PAIRS, TEXT, random_model
 
 from hrm_esp import training
-from hrm_esp.checkpoint import Checkpoint, load_checkpoint
+from hrm_esp.checkpoint import Checkpoint, load_checkpoint, load_model
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
 from hrm_esp.errors import HRMError
+from hrm_esp.evaluation import PairScore, evaluate
 from hrm_esp.optim import (
     Parameters,
     build_optimizers,
@@ -116,6 +117,32 @@ def test_resuming_something_else_is_refused(corpus: Path, tmp_path: Path) -> Non
         train_lm(corpus, CONFIG, options(tmp_path / "run", resume=True))
 
 
+def test_what_is_scored_is_not_trained_on(corpus: Path, tmp_path: Path) -> None:
+    """Also where the user names a file that is among the others."""
+    (tmp_path / "val.txt").write_text("el perro y el gato\n" * 9, encoding="utf-8")
+    for val in (tmp_path / "val.txt", None):
+        train_lm([tmp_path], CONFIG, options(tmp_path / f"run{val is None}", steps=1), val=val)
+    (one,), (other,) = (list((tmp_path / f"run{x}").glob("*.tokens")) for x in (False, True))
+    assert b"perro" not in one.read_bytes() and b"perro" in other.read_bytes()
+    with pytest.raises(HRMError, match="--val"):
+        train_lm(corpus, CONFIG, options(tmp_path / "no"), val=corpus)
+
+
+def test_a_run_that_cannot_save_does_not_cost_the_one_it_replaces(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train_lm(corpus, CONFIG, options(tmp_path / "run"))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pt")}
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(training.Trainer, "step", no_memory)
+    with pytest.raises(MemoryError):
+        train_lm(corpus, CONFIG, options(tmp_path / "run", overwrite=True))
+    assert {p.name: p.read_bytes() for p in first.last.parent.glob("*.pt")} == before
+
+
 def test_a_run_is_not_overwritten_unasked(corpus: Path, tmp_path: Path) -> None:
     first = train_lm(corpus, CONFIG, options(tmp_path / "run", epochs=2))
     before = first.last.read_bytes()
@@ -152,8 +179,10 @@ def test_finetuning_learns_from_the_prompt(corpus: Path, tmp_path: Path, context
     tuning = FinetuneConfig(
         steps=150, batch_size=16, context=context, out_dir=str(tmp_path / "run"), dropout=0.0
     )
-    result = train_ft(tmp_path / "pairs.tsv", start.last, tuning, val=tmp_path / "pairs.tsv")
-    assert result.score and result.score.exact_match > 0.85  # by chance: 0.5
+    result = train_ft(tmp_path / "pairs.tsv", start.last, tuning)
+    score = evaluate(load_model(result.last), tmp_path / "pairs.tsv")
+    assert isinstance(score, PairScore) and score.exact_match
+    assert score.exact_match > 0.85  # by chance: 0.5
     assert load_checkpoint(result.best).config.memory == (context == "memory")
     assert load_checkpoint(result.best).stage == "finetune"
 
