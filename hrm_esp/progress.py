@@ -46,7 +46,7 @@ class Meter:
             total=100,
             desc=title,
             disable=None,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         self.on_terminal = not self.bar.disable
         self.shown_at = time.perf_counter()
