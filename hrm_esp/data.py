@@ -145,18 +145,16 @@ def text_files(paths: Sequence[PathLike]) -> list[Path]:
     return files
 
 
-def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> TextStats:
-    """Writes the documents of ``files`` to ``out``, a line break after each."""
-    total = TextStats()
+def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> int:
+    """Writes the documents of ``files``, a line break after each; returns how many."""
+    documents = 0
     for path in files:
         stats = TextStats()
         for line in load_corpus_lines(path, encoding, stats):
             out.write(to_bytes(line) + b"\n")
         stats.warn(path, encoding)
-        total.documents += stats.documents
-        total.bytes += stats.bytes
-        total.undecodable += stats.undecodable
-    return total
+        documents += stats.documents
+    return documents
 
 
 def load_stream(
@@ -195,7 +193,7 @@ def build_token_file(path: Path, header: bytes, files: Sequence[Path], encoding:
     try:
         with open(temporary, "wb") as file:
             file.write(header)
-            if not write_stream(files, file, encoding).documents:
+            if not write_stream(files, file, encoding):
                 raise no_text(files)
             file.flush()
             os.fsync(file.fileno())
