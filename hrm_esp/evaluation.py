@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .data import (
@@ -68,20 +67,13 @@ class PairScore:
         )
 
 
-def cross_entropy(logits: Tensor, y_out: Tensor) -> Tensor:
-    """Nats, summed. logits: (B, T, V), y_out: (B, T), PAD where nothing is to be predicted."""
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), y_out.flatten(), ignore_index=PAD, reduction="sum"
-    )
-
-
 @torch.inference_mode()
 def sum_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> float:
     """The bits that a batch's targets cost."""
     batch = batch.to(model.device)
     with autocast(model.device, dtype):
-        logits, _ = model(batch.prompt_ids, batch.y_in, batch.reads_memory)
-    return cross_entropy(logits, batch.y_out).item() / math.log(2)
+        nats, _, _ = model.nats(batch.prompt_ids, batch.y_in, batch.y_out, batch.reads_memory)
+    return nats.item() / math.log(2)
 
 
 def scoring_windows(stream: Stream, max_len: int, starts: Sequence[int]) -> Batch:

@@ -5,6 +5,7 @@ Shapes: B rows, T positions, S positions attended to, D = d_model, H heads of d 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,31 @@ class Rotary(nn.Module):
         return self.cos[start : start + length], self.sin[start : start + length]
 
 
+def ngram_hashes(ids: Tensor, longest: int, reach: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rolling hashes of the last 1, 2, ... ``longest`` tokens at each position but the first
+    ``reach``.
+
+    N-grams begin anew at BOS: a longer one takes in nothing before it, and is not complete.
+
+    Args:
+        ids: (B, reach + T); PAD for what is not there.
+
+    Yields:
+        For each length the hashes, (B, T) int64, and which n-grams are complete, (B, T) bool.
+    """
+    n = ids.shape[1]
+    ids = F.pad(ids, (max(0, longest - 1 - reach), 0), value=PAD)
+    first = ids.shape[1] - n + reach
+    digest = torch.zeros_like(ids[:, first:])
+    inside = torch.ones_like(digest, dtype=torch.bool)
+    for k in range(longest):
+        token = ids[:, first - k : ids.shape[1] - k]
+        inside = inside & (token != PAD)
+        digest = digest * 1_000_003 + torch.where(inside, token + 1, 0)  # int64 wraps around
+        yield digest, inside
+        inside = inside & (token != BOS)
+
+
 class NgramEmbedding(nn.Module):
     """Hashed byte n-gram embeddings (Pagnoni et al. 2024, Byte Latent Transformer, section 3.2.1).
 
@@ -94,17 +120,11 @@ class NgramEmbedding(nn.Module):
 
     def index(self, ids: Tensor) -> Tensor:
         """ids: (B, reach + T) -> rows of the table, (B, T, orders)."""
-        n = ids.shape[1] - self.reach
-        digest = ids[:, self.reach :] + 1
-        inside = torch.ones_like(digest, dtype=torch.bool)
         rows = []
-        for k in range(1, self.orders[-1]):
-            later = ids[:, self.reach - k + 1 : self.reach - k + 1 + n]
-            token = ids[:, self.reach - k : self.reach - k + n]
-            inside = inside & (later != BOS) & (token != PAD)
-            digest = digest * 1_000_003 + torch.where(inside, token + 1, 0)  # int64 wraps around
-            mixed = (digest ^ (digest >> 29)) * 0x9E3779B97F4A7C1 >> 24
-            rows.append(mixed % self.rows + (k - 1) * self.rows)
+        for k, (digest, _) in enumerate(ngram_hashes(ids, self.orders[-1], self.reach)):
+            if k:
+                mixed = (digest ^ (digest >> 29)) * 0x9E3779B97F4A7C1 >> 24
+                rows.append(mixed % self.rows + (k - 1) * self.rows)
         return torch.stack(rows, dim=-1)
 
 

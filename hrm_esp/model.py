@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HRMConfig
+from .counts import ORDERS, NgramCounts
 from .layers import (
     Angles,
     BlockCache,
@@ -167,14 +168,6 @@ class ExecutorCache:
         if self.ids is not None:
             self.ids = self.ids[rows]
 
-    def embed(self, tok_emb: TokenEmbedding, y_in: Tensor) -> Tensor:
-        """Embeds (B, T) as what follows the tokens read so far."""
-        if self.ids is None:
-            self.ids = y_in.new_full((len(y_in), tok_emb.reach), PAD)
-        x = tok_emb(y_in, self.ids)
-        self.ids = torch.cat((self.ids, y_in), dim=1)[:, y_in.shape[1] :]
-        return x
-
 
 class Executor(nn.Module):
     """A causal decoder that writes byte after byte, the plan in front as a synthetic token."""
@@ -187,6 +180,7 @@ class Executor(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers_dec))
         self.norm = RMSNorm(config.d_model)
         self.lm_head = linear(config.d_model, VOCAB_SIZE, zero=True)
+        self.counts = NgramCounts(config) if config.count_max >= ORDERS[0] else None
 
     def forward(
         self,
@@ -204,8 +198,62 @@ class Executor(nn.Module):
         Raises:
             ValueError: more positions than ``max_len``.
         """
-        x = self.tok_emb(y_in) if cache is None else cache.embed(self.tok_emb, y_in)
+        before = self.before(y_in, cache)
+        states = self.read(y_in, plan_vec, memory, cache)
+        logits = self.lm_head(states)
+        if self.counts is None or not len(self.counts.entries):
+            return logits
+        return self.counts.mix(logits, states, y_in, before)
+
+    def nats(
+        self,
+        y_in: Tensor,
+        y_out: Tensor,
+        plan_vec: Tensor,
+        memory: Memory | None = None,
+        leave_out: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """What the targets ``y_out`` (B, T) cost, summed, in nats, and what they would cost without
+        the counts: two scalars. PAD costs nothing.
+
+        Args:
+            y_in, plan_vec, memory: as in `forward`.
+            leave_out: the targets are part of the text counted, see `NgramCounts.probability`.
+        """
+        states = self.read(y_in, plan_vec, memory)
+        alone = F.cross_entropy(
+            self.lm_head(states).flatten(0, 1).float(),
+            y_out.flatten(),
+            ignore_index=PAD,
+            reduction="none",
+        ).view(y_out.shape)
+        if self.counts is None or not len(self.counts.entries):
+            return alone.sum(), alone.sum()
+        before = self.before(y_in)
+        p = self.counts.probability((-alone).exp(), states, y_in, before, y_out, leave_out)
+        return -torch.where(y_out != PAD, p, 1.0).log().sum(), alone.sum()
+
+    def before(self, y_in: Tensor, cache: ExecutorCache | None = None) -> Tensor:
+        """The tokens before ``y_in`` (B, T) that n-grams take in, (B, reach), PAD for none."""
+        if cache is not None and cache.ids is not None:
+            return cache.ids
+        reach = max(self.tok_emb.reach, 0 if self.counts is None else self.counts.reach)
+        return y_in.new_full((len(y_in), reach), PAD)
+
+    def read(
+        self,
+        y_in: Tensor,
+        plan_vec: Tensor,
+        memory: Memory | None = None,
+        cache: ExecutorCache | None = None,
+    ) -> Tensor:
+        """The states from which each next token is foretold, (B, T, D); arguments as in `forward`.
+        Adds to the cache."""
+        before = self.before(y_in, cache)
+        x = self.tok_emb(y_in, before[:, before.shape[1] - self.tok_emb.reach :])
         start = 0 if cache is None else cache.length
+        if cache is not None:
+            cache.ids = torch.cat((before, y_in), dim=1)[:, y_in.shape[1] :]
         if start == 0:
             plan = self.tok_emb.weight[PLAN] + self.from_plan(plan_vec.to(x.dtype))
             x = torch.cat((plan[:, None].to(x.dtype), x), dim=1)
@@ -213,9 +261,7 @@ class Executor(nn.Module):
         memory_angles = memory and self.positions.angles(0, memory.states.shape[1])
         for i, block in enumerate(self.blocks):
             x = block(x, angles, memory, memory_angles, cache and cache.blocks[i])
-        if start == 0:
-            x = x[:, 1:]
-        return self.lm_head(self.norm(x))
+        return self.norm(x[:, 1:] if start == 0 else x)
 
 
 class HRMModel(nn.Module):
@@ -241,13 +287,33 @@ class HRMModel(nn.Module):
             reads_memory: (B,) bool, the rows whose Executor may attend to the prompt; none by
                 default. Nothing to a model without cross attention.
         """
+        plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory)
+        return self.executor(y_in, plan_vec, memory), code_logits
+
+    def nats(
+        self,
+        prompt_ids: Tensor,
+        y_in: Tensor,
+        y_out: Tensor,
+        reads_memory: Tensor | None = None,
+        leave_out: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the targets cost with and without the counts (see `Executor.nats`), two scalars, and
+        the codebook logits. Other arguments as in `forward`."""
+        plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory)
+        return *self.executor.nats(y_in, y_out, plan_vec, memory, leave_out), code_logits
+
+    def plan(
+        self, prompt_ids: Tensor, reads_memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Memory | None]:
+        """prompt_ids: (B, S) -> what the Executor gets of it: the plan (B, P) and, where it reads
+        it, the memory; between them the codebook logits."""
         states = self.planner.read(prompt_ids)
         plan_vec, code_logits = self.planner.plan(states)
-        memory = None
-        if self.config.memory and reads_memory is not None:
-            visible = (prompt_ids != PAD) & reads_memory[:, None]
-            memory = Memory(states.states, visible)
-        return self.executor(y_in, plan_vec, memory), code_logits
+        if not self.config.memory or reads_memory is None:
+            return plan_vec, code_logits, None
+        visible = (prompt_ids != PAD) & reads_memory[:, None]
+        return plan_vec, code_logits, Memory(states.states, visible)
 
     def new_cache(self, memory: Memory | None = None) -> ExecutorCache:
         """An empty cache for the Executor, with room for PLAN and ``max_len`` tokens."""

@@ -38,7 +38,6 @@ from .errors import HRMError
 from .evaluation import (
     PairScore,
     TextScore,
-    cross_entropy,
     pair_bits,
     score_pairs,
     score_stream,
@@ -138,7 +137,10 @@ def train_lm(
     if not len(stream):
         raise HRMError("nothing is left to train on: give a smaller --val_fraction")
     torch.manual_seed(options.seed)
-    model = HRMModel(config).to(device)
+    model = HRMModel(config)
+    if model.executor.counts is not None:
+        model.executor.counts.count(stream)
+    model.to(device)
     dtype = choose_precision(device, options.precision)
 
     def score_some(model: HRMModel) -> float:
@@ -156,6 +158,7 @@ def train_lm(
         stage="pretrain",
         data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
         score=score_some if len(held_out) else None,
+        leave_out=True,
     )
     announce("pretrain", model, dtype, f"{len(stream):,} bytes of text, {len(held_out):,} held out")
     trainer.run()
@@ -307,6 +310,7 @@ class Trainer:
         stage: ``pretrain`` or ``finetune``; the files are named after it.
         data_id: tells whether a run to be resumed had the same data.
         score: bits per byte of some held-out data; ``None`` if nothing is held out.
+        leave_out: the model's n-gram counts are of this data.
     """
 
     def __init__(
@@ -318,7 +322,9 @@ class Trainer:
         stage: str,
         data_id: str,
         score: Callable[[HRMModel], float] | None,
+        leave_out: bool = False,
     ) -> None:
+        self.leave_out = leave_out
         self.model, self.data, self.options, self.stage = model, data, options, stage
         self.score_some = score
         self.folder = Path(options.out_dir)
@@ -474,9 +480,12 @@ class Trainer:
         for batch in batches:
             batch = batch.to(self.device)
             with autocast(self.device, self.dtype):
-                logits, codes = self.model(batch.prompt_ids, batch.y_in, batch.reads_memory)
-            loss = cross_entropy(logits, batch.y_out) / n_tokens
-            nats += loss.item() * n_tokens
+                mixed, alone, codes = self.model.nats(
+                    batch.prompt_ids, batch.y_in, batch.y_out, batch.reads_memory, self.leave_out
+                )
+            nats += mixed.item()
+            # Alone, too, the network is to foretell all: else it learns the counts' leavings only.
+            loss = (mixed + alone) / n_tokens
             if codes is not None:
                 codes = codes.unflatten(-1, (self.model.config.n_plan_groups, -1))
                 chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()

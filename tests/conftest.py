@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hrm_esp.config import HRMConfig
 from hrm_esp.model import HRMModel
+from hrm_esp.tokenizer import BOS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--d_model", "32", "--n_heads", "2", "--n_layers_enc", "1", "--n_layers_dec", "2",
@@ -34,6 +36,7 @@ TEXT = "\n".join(
     for noun in ("una piña", "el sombrero", "un pájaro", "la canción", "los años")
     for end in (".", " otra vez.", ", y se durmió.")
 )
+LETTERS = (97, 101)
 PAIRS = "\n".join(f"{n}\t{'par' if n % 2 == 0 else 'impar'}" for n in range(60))
 
 
@@ -44,7 +47,18 @@ def random_model(seed: int = 0, **changes: object) -> HRMModel:
         model = HRMModel(replace(CONFIG, **changes))  # type: ignore[arg-type]
         for p in model.parameters():
             p += 0.3 * torch.randn_like(p)
+        if model.executor.counts is not None:
+            letters = torch.randint(LETTERS[0], LETTERS[1], (400,)).numpy().astype(np.uint8)
+            letters[::50] = 10
+            model.executor.counts.count(letters)
     return model.eval()
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """BOS and random letters: so few that most n-grams are in the table of `random_model`."""
+    ids = torch.randint(*LETTERS, shape, generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = BOS
+    return ids
 
 
 @pytest.fixture

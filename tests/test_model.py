@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import CONFIG, random_model
+from conftest import CONFIG, random_model, tokens
 
 from hrm_esp.config import HRMConfig
 from hrm_esp.errors import HRMError
@@ -19,17 +19,13 @@ KINDS = [
     {"qk_norm": False},
     {"ngram_max": 1},
     {"ngram_max": 7},
+    {"count_max": 0},
+    {"count_max": 5},
     {"gumbel": False},
     {"gumbel_hard": True, "n_plan_groups": 2},
     {"memory": True},
     {"memory": True, "positions": "learned"},
 ]
-
-
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    ids = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
-    ids[:, 0] = BOS
-    return ids
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:

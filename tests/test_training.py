@@ -12,6 +12,7 @@ from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
 from hrm_esp.errors import HRMError
 from hrm_esp.evaluation import PairScore, evaluate
+from hrm_esp.model import HRMModel
 from hrm_esp.optim import (
     Parameters,
     build_optimizers,
@@ -49,10 +50,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_training_learns_and_says_so_honestly(corpus: Path, tmp_path: Path) -> None:
-    short = train_lm(corpus, CONFIG, options(tmp_path / "a", steps=2))
-    long = train_lm(corpus, CONFIG, options(tmp_path / "b", steps=120))
+    alone = replace(CONFIG, count_max=0)
+    short = train_lm(corpus, alone, options(tmp_path / "a", steps=2))
+    long = train_lm(corpus, alone, options(tmp_path / "b", steps=120))
     assert short.score and long.score
     assert long.score.bits_per_byte < 2.6 < short.score.bits_per_byte < 8.1
+    with_counts = train_lm(corpus, CONFIG, options(tmp_path / "c", steps=2))
+    assert with_counts.score
+    assert with_counts.score.bits_per_byte < long.score.bits_per_byte
     assert long.bytes_seen > 10 * short.bytes_seen > 0
 
 
@@ -245,15 +250,20 @@ def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true, calls = training.cross_entropy, iter(range(1000))
+    true, calls = HRMModel.nats, iter(range(1000))
 
-    def sometimes_nan(logits: torch.Tensor, y_out: torch.Tensor) -> torch.Tensor:
-        return true(logits, y_out) * (math.nan if next(calls) % 2 else 1.0)
+    def sometimes_nan(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        mixed, alone, codes = true(*args)  # type: ignore[arg-type]
+        return mixed, alone * (math.nan if next(calls) % 2 else 1.0), codes
 
-    monkeypatch.setattr(training, "cross_entropy", sometimes_nan)
+    def infinite(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        mixed, alone, codes = true(*args)  # type: ignore[arg-type]
+        return mixed * math.inf, alone, codes
+
+    monkeypatch.setattr(HRMModel, "nats", sometimes_nan)
     result = train_lm(corpus, CONFIG, options(tmp_path / "a"))
     assert all(w.isfinite().all() for w in weights(result.last).values())
-    monkeypatch.setattr(training, "cross_entropy", lambda *a: true(*a) * math.inf)
+    monkeypatch.setattr(HRMModel, "nats", infinite)
     with pytest.raises(HRMError, match="--lr"):
         train_lm(corpus, CONFIG, options(tmp_path / "b", steps=500))
 
@@ -275,7 +285,7 @@ def test_mixed_precision_trains_as_float32_does(
 MODEL_FLAGS = {
     "d_model": 16, "n_heads": 4, "n_layers_enc": 2, "n_layers_dec": 1, "ff_mult": 2, "max_len": 16,
     "plan_dim": 8, "gumbel": False, "n_plan_codes": 5, "n_plan_groups": 2, "gumbel_hard": True,
-    "gumbel_tau": 0.5, "ngram_max": 2, "ngram_bits": 5, "ngram_dropout": 0.0, "dropout": 0.3,
+    "gumbel_tau": 0.5, "ngram_max": 2, "ngram_bits": 5, "ngram_dropout": 0.0, "count_max": 5, "dropout": 0.3,
     "positions": "learned", "qk_norm": False,
 }  # fmt: skip
 TRAIN_FLAGS = {

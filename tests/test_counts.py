@@ -1,0 +1,140 @@
+"""The table of n-gram counts, against counting by hand."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, TEXT, random_model, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hrm_esp import counts
+from hrm_esp.config import HRMConfig
+from hrm_esp.counts import NgramCounts
+from hrm_esp.data import as_inputs, as_targets
+from hrm_esp.tokenizer import BOS, PAD
+
+ORDERS = [3, 4, 5, 6, 8]
+TEXTS = st.text(alphabet="ab\n", min_size=20, max_size=120)
+
+
+def table(text: bytes, seed: int = 0) -> NgramCounts:
+    torch.manual_seed(seed)
+    made = NgramCounts(HRMConfig(d_model=4, n_heads=1, count_max=8))
+    with torch.no_grad():
+        for p in made.parameters():
+            p += torch.randn_like(p)
+    made.count(np.frombuffer(text, dtype=np.uint8))
+    return made
+
+
+def contexts(text: bytes, place: int) -> list[bytes]:
+    """The n-grams of each order before ``place`` that reach over no line break; they may begin
+    with one."""
+    found = [text[place - n : place] for n in ORDERS if n <= place]
+    return [c for c in found if b"\n" not in c[1:]]
+
+
+def by_hand(made: NgramCounts, p: float, text: bytes, here: bytes, place: int, own: bool) -> float:
+    """The mixture's probability of ``here[place]``, from all occurrences in ``text``."""
+    for i, context in enumerate(contexts(here, place)):
+        after = Counter(
+            text[j : j + 1]
+            for j in range(len(context), len(text))
+            if text[j - len(context) : j] == context
+        )
+        byte = here[place : place + 1]
+        if own:
+            after[byte] -= 1
+        met, distinct = sum(after.values()), sum(n > 0 for n in after.values())
+        if met == 0:
+            break
+        gain = made.by_count[i].tolist()
+        score = math.log(met + 1) * gain[0] + math.log(distinct + 1) * gain[1] + gain[2]
+        weight = counts.SURE / (1 + math.exp(-score))
+        p += weight * (after[byte] / met - p)
+        if met == 1:  # a context met once says all that longer ones can
+            break
+    return p
+
+
+def ask(
+    made: NgramCounts, here: bytes, leave_out: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The probability of each byte of ``here`` but the first, the log-probability of all tokens
+    there, and the targets; the network knows nothing."""
+    data = np.frombuffer(here, dtype=np.uint8)
+    ids, targets = (torch.from_numpy(f(d))[None] for f, d in
+                    ((as_inputs, data[:-1]), (as_targets, data[1:])))  # fmt: skip
+    before = torch.full((1, made.reach), PAD)
+    states = torch.zeros(1, len(data) - 1, 4)
+    p = torch.full(targets.shape, 1 / 260)
+    with torch.no_grad():
+        probability = made.probability(p, states, ids, before, targets, leave_out)
+        logits = made.mix(torch.zeros(1, len(data) - 1, 260), states, ids, before)
+    return probability[0], logits[0], targets[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, TEXTS)
+def test_the_table_is_what_counting_gives(text: str, here: str) -> None:
+    counted, other = text.encode(), here.encode()
+    made = table(counted)
+    found, logits, targets = ask(made, other, leave_out=False)
+    for i, p in enumerate(found.tolist()):
+        assert p == pytest.approx(by_hand(made, 1 / 260, counted, other, i + 1, False), rel=1e-4)
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(len(found)))
+    torch.testing.assert_close(logits.gather(1, targets[:, None])[:, 0], found.log())
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS)
+def test_what_is_left_out_is_as_if_never_met(text: str) -> None:
+    counted = text.encode()
+    made = table(counted)
+    found, _, _ = ask(made, counted, leave_out=True)
+    for i, p in enumerate(found.tolist()):
+        assert p == pytest.approx(by_hand(made, 1 / 260, counted, counted, i + 1, True), rel=1e-4)
+
+
+def test_longer_contexts_of_one_met_once_are_not_kept() -> None:
+    once = table(b"\nabcdefghijk")
+    twice = table(b"\nabcdefghijk\nabcdefghijk")
+    assert len(once.entries) == 9 < len(twice.entries)
+
+
+def test_of_a_large_text_pieces_from_all_of_it_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "COUNTED", 4096)
+    monkeypatch.setattr(counts, "PIECE", 256)
+    text = "".join(f"{n:05} " for n in range(4000)).encode()
+    made = table(text)
+    assert int(made.cumulative[-1]) < 5 * 4096
+    for known in (b"00001 0", b"03999 "):
+        assert ask(made, known, leave_out=False)[0][-1] > 0.01
+
+
+def test_the_table_travels_with_the_weights() -> None:
+    model = random_model()
+    other = random_model(seed=1, gumbel=True)
+    assert other.executor.counts is not None
+    other.executor.counts.count(np.frombuffer(TEXT.encode(), dtype=np.uint8))
+    other.load_state_dict(model.state_dict())
+    prompt, y_in = tokens(2, 9), tokens(2, 12, seed=1)
+    assert torch.equal(other(prompt, y_in)[0], model(prompt, y_in)[0])
+
+
+def test_a_step_costs_what_the_logits_say() -> None:
+    model = random_model()
+    prompt, y = tokens(2, 9), tokens(2, 13, seed=1)
+    y_in, y_out = y[:, :-1], y[:, 1:].clone()
+    y_out[1, 5:] = PAD
+    mixed, alone, _ = model.nats(prompt, y_in, y_out)
+    logits, _ = model(prompt, y_in)
+    said = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), y_out.flatten(), ignore_index=PAD, reduction="sum"
+    )
+    torch.testing.assert_close(mixed, said)
+    assert abs(mixed - alone) > 1
+    assert y_in[0, 0] == BOS and CONFIG.count_max == 12
