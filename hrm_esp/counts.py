@@ -8,7 +8,8 @@ Shapes: B rows, T positions, N orders, D = d_model, V = vocab_size, E entries of
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,25 +19,38 @@ from torch import Tensor, nn
 from .config import HRMConfig
 from .data import BREAK, Stream
 from .layers import ngram_hashes
-from .tokenizer import BOS, EOS, VOCAB_SIZE
+from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
-ORDERS = (3, 4, 5, 6, 8, 12, 16, 24, 32)  # lower ones are no match for a network
+ORDERS = (3, 4, 5, 6, 8, 12, 16, 24, 32)  # of the table; lower ones are no match for a network
+WINDOW_ORDERS = (4, 6, 10)  # of the window's own counts
 COUNTED = 2**24  # bytes counted at most: of a larger text, pieces from all of it
 PIECE = 2**16
 TOKEN_BITS = 9
 SURE = 1 - 2**-12  # the largest weight of a count: what was never seen stays possible
 
 
+class Met(NamedTuple):
+    """For each position and order, all (B, T, N): how many ``times`` its context was met before,
+    0 if it is not to be used, by how many ``distinct`` tokens it was followed, and in how many
+    ``hits`` by this position's target."""
+
+    times: Tensor
+    distinct: Tensor
+    hits: Tensor
+
+
 class NgramCounts(nn.Module):
-    """Mixes the network's distribution with relative frequencies after contexts of rising order.
+    """Mixes the network's distribution with relative frequencies after contexts of rising order,
+    first those of the training text, then those of the window itself.
 
     Deleted interpolation (Jelinek & Mercer 1980): p_n = p_(n-1) + w_n (c_n / N_n - p_(n-1)), where
-    p_0 is the network's, and c_n of the N_n times that the last n tokens were met in the training
-    text, this one came next. The weight w_n is that of Witten & Bell (1991, method C) at first: the
-    more often a context was met, and the fewer tokens followed it, the more it is trusted. From
-    there it is learned, as a function of both and of the network's state.
+    p_0 is the network's, and c_n of the N_n times that the last n tokens were met, this one came
+    next. The weight w_n is that of Witten & Bell (1991, method C) at first: the more often a
+    context was met, and the fewer tokens followed it, the more it is trusted. From there it is
+    learned, as a function of both and of the network's state.
 
-    A context met once says all that longer ones can: the table has none of those.
+    A context met once in the training text says all that longer ones can: the table has none of
+    those.
     """
 
     entries: Tensor  # (E,) int64, sorted: hash of the context and what followed it
@@ -45,16 +59,13 @@ class NgramCounts(nn.Module):
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
         self.orders = [n for n in ORDERS if n <= config.count_max]
-        self.register_buffer("entries", torch.empty(0, dtype=torch.int64))
-        self.register_buffer("cumulative", torch.zeros(1, dtype=torch.int32))
-        self.by_count = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(len(self.orders), 1))
-        self.by_state = nn.Linear(config.d_model, len(self.orders), bias=False)
+        self.window_orders = [n for n in WINDOW_ORDERS if n <= config.count_max]
+        self.register_buffer("entries", torch.tensor([torch.iinfo(torch.int64).max]))
+        self.register_buffer("cumulative", torch.zeros(2, dtype=torch.int32))
+        n = len(self.orders + self.window_orders)
+        self.by_count = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(n, 1))
+        self.by_state = nn.Linear(config.d_model, n, bias=False)
         nn.init.zeros_(self.by_state.weight)
-
-    @property
-    def reach(self) -> int:
-        """How many tokens before its own a position's contexts may take in."""
-        return self.orders[-1] - 1
 
     def count(self, stream: Stream) -> None:
         """Makes the table from a stream of bytes."""
@@ -70,7 +81,7 @@ class NgramCounts(nn.Module):
             if order not in self.orders:
                 continue
             (places,) = (known & complete[0]).nonzero(as_tuple=True)
-            found, order_of = self._keys(digest[0, places], targets[places]).sort()
+            found, order_of = key(digest[0, places], targets[places]).sort()
             entry, times = found.unique_consecutive(return_counts=True)
             entries.append(entry)
             counts.append(times)
@@ -82,10 +93,6 @@ class NgramCounts(nn.Module):
         self.entries, order_of = torch.cat(entries).sort()
         self.cumulative = F.pad(torch.cat(counts)[order_of].cumsum(0), (1, 0)).int()
 
-    @staticmethod
-    def _keys(digest: Tensor, token: Tensor | int) -> Tensor:
-        return digest << TOKEN_BITS | token
-
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("entries", "cumulative"):  # as long as the text made them
             if prefix + name in state:
@@ -94,79 +101,170 @@ class NgramCounts(nn.Module):
                 )
         super()._load_from_state_dict(state, prefix, *rest)
 
-    def _contexts(self, ids: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ids: (B, T) after ``before`` (B, reach) -> the hash of each order's context, and where its
-        entries begin and end; all (B, T, N)."""
-        pairs = list(ngram_hashes(torch.cat((before, ids), dim=1), self.orders[-1], len(before[0])))
-        digest = torch.stack([pairs[n - 1][0] for n in self.orders], dim=-1)
-        complete = torch.stack([pairs[n - 1][1] for n in self.orders], dim=-1)
-        begin = torch.searchsorted(self.entries, self._keys(digest, 0))
-        end = torch.searchsorted(self.entries, self._keys(digest, 2**TOKEN_BITS - 1), right=True)
-        return digest, begin, torch.where(complete, end, begin)
-
-    def _weights(self, met: Tensor, distinct: Tensor, states: Tensor) -> Tensor:
-        """w_n, (B, T, N), from how often a context was ``met``, by how many ``distinct`` tokens it
-        was followed, both (B, T, N), and the network's states (B, T, D)."""
-        # After leaving out, too, a context met once has no longer ones.
-        known = (met > 0) & (F.pad(met[..., :-1], (1, 0), value=2) > 1)
-        score = (
-            (met + 1).log() * self.by_count[:, 0]
-            + (distinct + 1).log() * self.by_count[:, 1]
-            + self.by_count[:, 2]
-            + self.by_state(states).float()
-        )
-        return torch.where(known, SURE * score.sigmoid(), 0.0)
-
     def probability(
-        self,
-        p: Tensor,
-        states: Tensor,
-        ids: Tensor,
-        before: Tensor,
-        targets: Tensor,
-        leave_out: bool,
+        self, p: Tensor, states: Tensor, ids: Tensor, targets: Tensor, leave_out: bool
     ) -> Tensor:
         """The probability of each target, (B, T).
 
         Args:
             p: (B, T), the network's.
             states: (B, T, D), the network's.
-            ids, before: (B, T) and (B, reach), the tokens read.
-            targets: (B, T).
-            leave_out: the targets are part of the text counted: each is taken out of it, so that
-                what the table knows of a text it is made from is what it knows of any other.
+            ids: (B, T), the window read.
+            targets: (B, T), what came next; PAD where it does not matter.
+            leave_out: the window is part of the text counted, and is taken out of it, so that what
+                the table knows of a text it is made from is what it knows of any other.
         """
-        digest, begin, end = self._contexts(ids, before)
-        key = self._keys(digest, targets[..., None])
-        place = torch.searchsorted(self.entries, key).clamp_(max=len(self.entries) - 1)
-        times = self.cumulative[place + 1] - self.cumulative[place]
-        times = torch.where((self.entries[place] == key) & (end > begin), times, 0)
-        met, distinct = self.cumulative[end] - self.cumulative[begin], end - begin
-        if leave_out:
-            met, distinct = met - (times > 0).int(), distinct - (times == 1).int()
-            times = (times - 1).clamp_(min=0)
-        weights = self._weights(met, distinct, states)
-        frequency = times / met.clamp(min=1)
-        for n in range(len(self.orders)):
+        follower = torch.where(targets == PAD, following(ids), targets)
+        met = self._met_in_table(ids, follower, leave_out), self._met_in_window(ids, follower)
+        times, distinct, hits = (torch.cat(parts, dim=-1) for parts in zip(*met, strict=True))
+        weights = self._weights(times, distinct, states)
+        frequency = hits / times.clamp(min=1)
+        for n in range(weights.shape[-1]):
             p = p + weights[..., n] * (frequency[..., n] - p)
         return p
 
     def mix(self, logits: Tensor, states: Tensor, ids: Tensor, before: Tensor) -> Tensor:
-        """The network's logits (B, T, V) -> the log-probabilities of the mixture, (B, T, V); the
-        other arguments as in `probability`."""
-        _, begin, end = self._contexts(ids, before)
-        met, distinct = self.cumulative[end] - self.cumulative[begin], end - begin
-        weights = self._weights(met, distinct, states)
-        rest = (1 - weights).flip(-1).cumprod(-1).flip(-1)  # what order n and those above leave
-        share = (weights * F.pad(rest[..., 1:], (0, 1), value=1.0) / met.clamp(min=1)).flatten()
-        # All entries of all contexts, one after another, each with the row it belongs to.
-        size = distinct.flatten()
+        """The network's logits (B, T, V) -> the log-probabilities of the mixture, (B, T, V).
+
+        Args:
+            states: (B, T, D), the network's.
+            ids, before: (B, T) and (B, R), the tokens read, and those of the window before them.
+        """
+        begin, end = self._ranges(*contexts(ids, self.orders, before))
+        same, is_new = self._matches(ids, before)
+        times = torch.cat((self.cumulative[end] - self.cumulative[begin], same.sum(2)), -1)
+        distinct = torch.cat((end - begin, (same & is_new).sum(2)), -1)
+        weights = self._weights(times, distinct, states)
+        rest = (1 - weights).flip(-1).cumprod(-1).flip(-1)  # what an order and those above leave
+        share = weights * F.pad(rest[..., 1:], (0, 1), value=1.0) / times.clamp(min=1)
+        p = logits.float().softmax(-1) * rest[..., :1]
+        n = len(self.orders)
+        # All entries of all contexts, one after another, each with the context it belongs to.
+        size = (end - begin).flatten()
         context = torch.repeat_interleave(size)
         place = torch.arange(len(context), device=size.device)
         place += (begin.flatten() - size.cumsum(0) + size)[context]
-        times = self.cumulative[place + 1] - self.cumulative[place]
+        met = self.cumulative[place + 1] - self.cumulative[place]
         token = self.entries[place] & (2**TOKEN_BITS - 1)
-        p = logits.float().softmax(-1) * rest[..., :1]
-        row = context // len(self.orders)
-        p.view(-1).index_add_(0, row * VOCAB_SIZE + token, times * share[context])
-        return p.log()
+        p.view(-1).index_add_(
+            0, context // n * VOCAB_SIZE + token, met * share[..., :n].flatten()[context]
+        )
+        follower = following(torch.cat((before, ids), dim=1))[:, None].expand(same.shape[:3])
+        return p.scatter_add(2, follower, (same * share[:, :, None, n:]).sum(-1)).log()
+
+    def _ranges(self, digest: Tensor, complete: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the table's entries of each context begin and end; all (B, T, N)."""
+        begin = torch.searchsorted(self.entries, key(digest, 0))
+        end = torch.searchsorted(self.entries, key(digest, 2**TOKEN_BITS - 1), right=True)
+        return begin, torch.where(complete, end, begin)
+
+    def _met_in_table(self, ids: Tensor, follower: Tensor, leave_out: bool) -> Met:
+        """ids, follower: (B, T)."""
+        digest, complete = contexts(ids, self.orders)
+        begin, end = self._ranges(digest, complete)
+        pair = key(digest, follower[..., None])
+        place = torch.searchsorted(self.entries, pair).clamp_(max=len(self.entries) - 1)
+        found = (self.entries[place] == pair) & (end > begin)
+        hits = torch.where(found, self.cumulative[place + 1] - self.cumulative[place], 0)
+        times, distinct = self.cumulative[end] - self.cumulative[begin], end - begin
+        if leave_out:
+            by_context, by_pair = Runs(key(digest, 0)), Runs(pair)
+            only_here = (by_pair.rank() == 0) & (hits == by_pair.size())
+            times = (times - by_context.size()).clamp_(min=0)
+            distinct = (distinct - by_context.total(only_here.long())).clamp_(min=0)
+            hits = (hits - by_pair.size()).clamp_(min=0)
+            # After leaving out, too, a context met once has no longer ones.
+            times = torch.where(F.pad(times[..., :-1], (1, 0), value=2) > 1, times, 0)
+        return Met(times, distinct, hits)
+
+    def _met_in_window(self, ids: Tensor, follower: Tensor) -> Met:
+        """ids, follower: (B, T)."""
+        digest, complete = contexts(ids, self.window_orders)
+        by_context, by_pair = Runs(key(digest, 0)), Runs(key(digest, follower[..., None]))
+        is_new = (by_pair.rank() == 0).long()
+        times = torch.where(complete, by_context.rank(), 0)
+        return Met(times, by_context.total_before(is_new), by_pair.rank())
+
+    def _matches(self, ids: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Which places of the window had the same context as each of ids, (B, T, R + T, N), and
+        whether what followed there was new after it, (B, 1, R + T, N)."""
+        window = torch.cat((before, ids), dim=1)
+        digest, complete = contexts(window, self.window_orders)
+        n, r = window.shape[1], before.shape[1]
+        past = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril(-1)[r:, :, None]
+        same = (digest[:, r:, None] == digest[:, None]) & past & complete[:, r:, None]
+        is_new = Runs(key(digest, following(window)[..., None])).rank() == 0
+        return same, is_new[:, None]
+
+    def _weights(self, times: Tensor, distinct: Tensor, states: Tensor) -> Tensor:
+        """w_n, (B, T, N), from how often a context was met, by how many tokens it was followed,
+        both (B, T, N), and the network's states (B, T, D)."""
+        score = (
+            (times + 1).log() * self.by_count[:, 0]
+            + (distinct + 1).log() * self.by_count[:, 1]
+            + self.by_count[:, 2]
+            + self.by_state(states).float()
+        )
+        return torch.where(times > 0, SURE * score.sigmoid(), 0.0)
+
+
+def key(digest: Tensor, token: Tensor | int) -> Tensor:
+    """What an entry is sorted and found by: a context's hash, and the token after it."""
+    return digest << TOKEN_BITS | token
+
+
+def following(ids: Tensor) -> Tensor:
+    """What came after each of ids (B, T) as a target, (B, T); PAD after the last."""
+    after = F.pad(ids[:, 1:], (0, 1), value=PAD)
+    return torch.where(after == BOS, EOS, after)
+
+
+def contexts(
+    ids: Tensor, orders: Sequence[int], before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The hashes of the last n tokens at each of ids (B, T), after ``before`` (B, R), for each
+    order, and whether there are so many since BOS; both (B, T, N)."""
+    reach = 0
+    if before is not None:
+        before = before[:, max(0, before.shape[1] - orders[-1] + 1) :]
+        ids, reach = torch.cat((before, ids), dim=1), before.shape[1]
+    hashes = list(ngram_hashes(ids, orders[-1], reach))
+    digests, complete = zip(*(hashes[n - 1] for n in orders), strict=True)
+    return torch.stack(digests, dim=-1), torch.stack(complete, dim=-1)
+
+
+class Runs:
+    """The positions of a row that share a key, for keys (B, T, N), each order by itself."""
+
+    def __init__(self, keys: Tensor) -> None:
+        ordered, self.order = keys.sort(dim=1, stable=True)
+        n = keys.shape[1]
+        self.index = torch.arange(n, device=keys.device)[:, None].expand_as(keys)
+        begins = F.pad(ordered[:, 1:] != ordered[:, :-1], (0, 0, 1, 0), value=True)
+        self.begin = torch.where(begins, self.index, 0).cummax(1).values
+        ends = F.pad(begins[:, 1:], (0, 0, 0, 1), value=True)
+        self.end = torch.where(ends, self.index + 1, n).flip(1).cummin(1).values.flip(1)
+
+    def _unsort(self, values: Tensor) -> Tensor:
+        return torch.empty_like(values).scatter_(1, self.order, values)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return F.pad(values.gather(1, self.order).cumsum(1), (0, 0, 1, 0))
+
+    def rank(self) -> Tensor:
+        """How many positions before have the same key, (B, T, N)."""
+        return self._unsort(self.index - self.begin)
+
+    def size(self) -> Tensor:
+        """How many positions in all have the same key, (B, T, N)."""
+        return self._unsort(self.end - self.begin)
+
+    def total_before(self, values: Tensor) -> Tensor:
+        """The sum of values (B, T, N) over the positions before with the same key, (B, T, N)."""
+        sums = self._sums(values)
+        return self._unsort(sums[:, :-1] - sums.gather(1, self.begin))
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of values (B, T, N) over all positions with the same key, (B, T, N)."""
+        sums = self._sums(values)
+        return self._unsort(sums.gather(1, self.end) - sums.gather(1, self.begin))

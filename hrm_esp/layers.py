@@ -99,14 +99,9 @@ class NgramEmbedding(nn.Module):
         )
         nn.init.zeros_(self.table.weight)
 
-    @property
-    def reach(self) -> int:
-        """How many tokens before its own a position's n-grams may take in."""
-        return self.orders[-1] - 1
-
     def forward(self, ids: Tensor, before: Tensor) -> Tensor:
-        """ids: (B, T) after the tokens ``before`` (B, reach), PAD for none -> (B, T, D)."""
-        index = self.index(torch.cat((before, ids), dim=1))
+        """ids: (B, T), after the tokens ``before`` (B, R) -> (B, T, D)."""
+        index = self.index(ids, before)
         weights = None
         if self.training and self.dropout:
             kept = torch.rand(index.shape, device=ids.device) >= self.dropout
@@ -118,10 +113,12 @@ class NgramEmbedding(nn.Module):
             summed = (vectors if weights is None else vectors * weights[..., None]).sum(1)
         return summed.view(*ids.shape, -1)
 
-    def index(self, ids: Tensor) -> Tensor:
-        """ids: (B, reach + T) -> rows of the table, (B, T, orders)."""
+    def index(self, ids: Tensor, before: Tensor) -> Tensor:
+        """ids: (B, T), after ``before`` (B, R) -> rows of the table, (B, T, orders)."""
+        before = before[:, max(0, before.shape[1] - self.orders[-1] + 1) :]
         rows = []
-        for k, (digest, _) in enumerate(ngram_hashes(ids, self.orders[-1], self.reach)):
+        window = torch.cat((before, ids), dim=1)
+        for k, (digest, _) in enumerate(ngram_hashes(window, self.orders[-1], before.shape[1])):
             if k:
                 mixed = (digest ^ (digest >> 29)) * 0x9E3779B97F4A7C1 >> 24
                 rows.append(mixed % self.rows + (k - 1) * self.rows)

@@ -59,19 +59,12 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(VOCAB_SIZE, config.d_model)
         self.ngrams = NgramEmbedding(config) if config.ngram_max > 1 else None
 
-    @property
-    def reach(self) -> int:
-        """How many earlier tokens take part in an embedding."""
-        return 0 if self.ngrams is None else self.ngrams.reach
-
     def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
-        """ids: (B, T), after the tokens ``before`` (B, reach), none by default -> (B, T, D)."""
+        """ids: (B, T), after the tokens ``before`` (B, R), none by default -> (B, T, D)."""
         x = super().forward(ids)
         if self.ngrams is None:
             return x
-        if before is None:
-            before = ids.new_full((len(ids), self.reach), PAD)
-        return x + self.ngrams(ids, before)
+        return x + self.ngrams(ids, ids[:, :0] if before is None else before)
 
 
 class Codebook(nn.Module):
@@ -154,7 +147,7 @@ class ExecutorCache:
     def __init__(self, n_layers: int, capacity: int, memory: Memory | None) -> None:
         reads = 0 if memory is None else memory.states.shape[1]
         self.blocks = [BlockCache(KVCache(capacity), KVCache(reads)) for _ in range(n_layers)]
-        self.ids: Tensor | None = None  # (B, reach), the last tokens read
+        self.ids: Tensor | None = None  # (B, T), the tokens read
 
     @property
     def length(self) -> int:
@@ -198,12 +191,10 @@ class Executor(nn.Module):
         Raises:
             ValueError: more positions than ``max_len``.
         """
-        before = self.before(y_in, cache)
+        before = y_in[:, :0] if cache is None or cache.ids is None else cache.ids
         states = self.read(y_in, plan_vec, memory, cache)
         logits = self.lm_head(states)
-        if self.counts is None or not len(self.counts.entries):
-            return logits
-        return self.counts.mix(logits, states, y_in, before)
+        return logits if self.counts is None else self.counts.mix(logits, states, y_in, before)
 
     def nats(
         self,
@@ -227,18 +218,10 @@ class Executor(nn.Module):
             ignore_index=PAD,
             reduction="none",
         ).view(y_out.shape)
-        if self.counts is None or not len(self.counts.entries):
+        if self.counts is None:
             return alone.sum(), alone.sum()
-        before = self.before(y_in)
-        p = self.counts.probability((-alone).exp(), states, y_in, before, y_out, leave_out)
+        p = self.counts.probability((-alone).exp(), states, y_in, y_out, leave_out)
         return -torch.where(y_out != PAD, p, 1.0).log().sum(), alone.sum()
-
-    def before(self, y_in: Tensor, cache: ExecutorCache | None = None) -> Tensor:
-        """The tokens before ``y_in`` (B, T) that n-grams take in, (B, reach), PAD for none."""
-        if cache is not None and cache.ids is not None:
-            return cache.ids
-        reach = max(self.tok_emb.reach, 0 if self.counts is None else self.counts.reach)
-        return y_in.new_full((len(y_in), reach), PAD)
 
     def read(
         self,
@@ -249,11 +232,10 @@ class Executor(nn.Module):
     ) -> Tensor:
         """The states from which each next token is foretold, (B, T, D); arguments as in `forward`.
         Adds to the cache."""
-        before = self.before(y_in, cache)
-        x = self.tok_emb(y_in, before[:, before.shape[1] - self.tok_emb.reach :])
+        x = self.tok_emb(y_in, None if cache is None else cache.ids)
         start = 0 if cache is None else cache.length
         if cache is not None:
-            cache.ids = torch.cat((before, y_in), dim=1)[:, y_in.shape[1] :]
+            cache.ids = y_in if cache.ids is None else torch.cat((cache.ids, y_in), dim=1)
         if start == 0:
             plan = self.tok_emb.weight[PLAN] + self.from_plan(plan_vec.to(x.dtype))
             x = torch.cat((plan[:, None].to(x.dtype), x), dim=1)
