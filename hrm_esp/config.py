@@ -91,7 +91,7 @@ class HRMConfig:
         0.5, "model", "share of the n-gram vectors dropped in training", low=0, below=1
     )
     count_max: int = option(
-        12, "model", "length of the longest n-grams counted in the training text; 0 is none", low=0
+        16, "model", "length of the longest n-grams counted in the training text; under 4 is none", low=0
     )
     dropout: float = option(
         0.0, "model", "share of activations dropped in training", low=0, below=1

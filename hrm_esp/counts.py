@@ -21,7 +21,7 @@ from .data import BREAK, Stream
 from .layers import ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
-ORDERS = (3, 4, 5, 6, 8, 12, 16, 24, 32)  # of the table; lower ones are no match for a network
+ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)  # of the table
 WINDOW_ORDERS = (4, 6, 10)  # of the window's own counts
 COUNTED = 2**24  # bytes counted at most: of a larger text, pieces from all of it
 PIECE = 2**16

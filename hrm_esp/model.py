@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HRMConfig
-from .counts import ORDERS, NgramCounts
+from .counts import WINDOW_ORDERS, NgramCounts
 from .layers import (
     Angles,
     BlockCache,
@@ -173,7 +173,7 @@ class Executor(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers_dec))
         self.norm = RMSNorm(config.d_model)
         self.lm_head = linear(config.d_model, VOCAB_SIZE, zero=True)
-        self.counts = NgramCounts(config) if config.count_max >= ORDERS[0] else None
+        self.counts = NgramCounts(config) if config.count_max >= WINDOW_ORDERS[0] else None
 
     def forward(
         self,

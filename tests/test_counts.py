@@ -16,7 +16,7 @@ from hrm_esp.counts import NgramCounts
 from hrm_esp.data import as_inputs, as_targets
 from hrm_esp.tokenizer import BOS, PAD
 
-TABLE, WINDOW = [3, 4, 5, 6, 8], [4, 6]
+TABLE, WINDOW = [2, 3, 4, 5, 6, 7, 8], [4, 6]
 TEXTS = st.text(alphabet="ab\n", min_size=20, max_size=120)
 
 
@@ -116,7 +116,7 @@ def test_what_is_left_out_is_as_if_never_met(text: str, here: str, more: str) ->
 def test_longer_contexts_of_one_met_once_are_not_kept() -> None:
     once = table(b"\nabcdefghijk")
     twice = table(b"\nabcdefghijk\nabcdefghijk")
-    assert len(once.entries) == 9 < len(twice.entries)
+    assert len(once.entries) == 10 < len(twice.entries)
 
 
 def test_of_a_large_text_pieces_from_all_of_it_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +151,4 @@ def test_a_step_costs_what_the_logits_say() -> None:
     )
     torch.testing.assert_close(mixed, said)
     assert abs(mixed - alone) > 1
-    assert y_in[0, 0] == BOS and CONFIG.count_max == 12
+    assert y_in[0, 0] == BOS and CONFIG.count_max == 16
