@@ -91,7 +91,10 @@ class HRMConfig:
         0.5, "model", "share of the n-gram vectors dropped in training", low=0, below=1
     )
     count_max: int = option(
-        16, "model", "length of the longest n-grams counted in the training text; under 4 is none", low=0
+        16,
+        "model",
+        "length of the longest n-grams counted in the training text; under 4 is none",
+        low=0,
     )
     dropout: float = option(
         0.0, "model", "share of activations dropped in training", low=0, below=1
@@ -149,6 +152,12 @@ class TrainConfig:
     warmup: int = option(10, "training", "steps in which the learning rate rises", low=0)
     decay: float = option(
         0.4, "training", "last share of the run, in which it falls to zero", low=0, high=1
+    )
+    patience: int = option(
+        2,
+        "training",
+        "scorings in a row without a better one, after which the rate falls early; 0 is never",
+        low=0,
     )
     grad_clip: float = option(
         1.0, "training", "largest gradient norm, n-gram tables aside; 0 is no limit", low=0

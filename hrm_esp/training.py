@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from . import __version__
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -86,6 +87,8 @@ class RunState:
     scoring: float = 0.0  # seconds
     val_bpb: float | None = None
     best_bpb: float | None = None
+    worse: int = 0  # scorings since the best
+    length: float = 1.0  # of what was asked for: less once the run is past its best
     skipped: int = 0
 
 
@@ -410,11 +413,13 @@ class Trainer:
         """The share of the run that is done, 0 to 1."""
         options, state = self.options, self.state
         if options.minutes is not None:
-            return min(1.0, state.seconds / (60 * options.minutes))
-        if options.steps is not None:
-            return min(1.0, state.step / options.steps)
-        assert options.epochs is not None
-        return min(1.0, (state.epoch + state.item / len(self.data)) / options.epochs)
+            done = state.seconds / (60 * options.minutes)
+        elif options.steps is not None:
+            done = state.step / options.steps
+        else:
+            assert options.epochs is not None
+            done = (state.epoch + state.item / len(self.data)) / options.epochs
+        return min(1.0, done / state.length)
 
     def groups(self) -> Iterator[list[tuple[int, Batch]]]:
         """The batches of each step, until the run is over."""
@@ -536,8 +541,19 @@ class Trainer:
         state.val_bpb = self.score_some(self.model)
         state.scoring += time.perf_counter() - start
         if state.best_bpb is None or state.val_bpb < state.best_bpb:
-            state.best_bpb = state.val_bpb
+            state.best_bpb, state.worse = state.val_bpb, 0
             self.save("best")
+        else:
+            state.worse += 1
+            self.end_early()
+
+    def end_early(self) -> None:
+        """Lets the learning rate fall from here on, once held-out data was scored often enough
+        without getting better: more passes would only teach the training data by heart."""
+        state, patience, stable = self.state, self.options.patience, 1 - self.options.decay
+        if state.length == 1 and 0 < patience <= state.worse and self.progress() < stable:
+            state.length = self.progress() / stable
+            tqdm.write(f"held out no better {patience} times: ending early", file=sys.stderr)
 
     def save_epoch(self) -> None:
         """Keeps the epoch's model; of a timed run's momentary epochs only one now and then."""

@@ -293,8 +293,8 @@ TRAIN_FLAGS = {
     "weight_decay": 0.9, "warmup": 1, "decay": 1.0, "grad_clip": 1e-3, "codebook_penalty": 3.0,
     "precision": "bf16", "val_fraction": 0.5, "seed": 9, "planner_view": "previous", "grow": False,
 }  # fmt: skip
-ELSEWHERE = {"epochs", "minutes", "compile", "encoding", "out_dir", "keep", "resume", "overwrite",
-             "memory"}  # fmt: skip
+ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep", "resume",
+             "overwrite", "memory"}  # fmt: skip
 
 
 def test_no_field_is_forgotten_below() -> None:
@@ -316,6 +316,24 @@ def test_every_setting_changes_what_is_trained(corpus: Path, tmp_path: Path, nam
     a, b = weights(base.last), weights(other.last)
     if {n: w.shape for n, w in a.items()} == {n: w.shape for n, w in b.items()}:
         assert not same(a, b)
+
+
+def test_a_run_past_its_best_ends_early_and_keeps_it(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Learning 30 lines by heart does not help with others."""
+    (tmp_path / "val.txt").write_text("Érase que se era un rey sin corona.\n" * 9, encoding="utf-8")
+    runs = {}
+    for patience in (0, 1):
+        given = options(tmp_path / f"run{patience}", steps=160, patience=patience, keep=9)
+        runs[patience] = train_lm(corpus, CONFIG, given, val=tmp_path / "val.txt")
+        assert ("ending early" in capsys.readouterr().err) == (patience > 0)
+    assert runs[0].steps == 160 > runs[1].steps
+    best = load_checkpoint(runs[1].best)
+    assert best.step <= runs[1].steps
+    last = load_checkpoint(runs[1].last)
+    assert best.val_bpb is not None and last.val_bpb is not None
+    assert best.val_bpb <= last.val_bpb
 
 
 def test_minutes_are_kept(corpus: Path, tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ class Peer:
             use_cache=False,
         )
         self.model = LlamaForCausalLM(llama).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
 
     def nats(self, batch: Batch) -> torch.Tensor:
         batch = batch.to(self.device)
@@ -75,24 +78,24 @@ class Peer:
 
     def train(self, stream: np.ndarray, minutes: float, batch_size: int = 8) -> int:
         """Returns the bytes seen."""
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
         data, seen, begin = LMDataset(stream, self.max_len), 0, time.perf_counter()
         self.model.train()
         for step, batch in enumerate(forever(data, batch_size)):
             progress = (time.perf_counter() - begin) / (60 * minutes)
             if progress >= 1:
                 break
-            lr = self.lr * min(1, (step + 1) / 50) * (0.1 + 0.9 * math.cos(progress * math.pi / 2))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            (self.nats(batch) / batch.y_out.numel()).backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            warm, fall = min(1, (step + 1) / 50), 0.1 + 0.9 * math.cos(progress * math.pi / 2)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * warm * fall
+            self.step(batch)
             seen += batch.y_out.numel()
         return seen
+
+    def step(self, batch: Batch) -> None:
+        (self.nats(batch) / batch.y_out.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @torch.inference_mode()
     def score(self, stream: np.ndarray) -> float:
