@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HRMConfig
-from .data import BREAK, Stream
+from .data import PIECE, Stream, as_inputs, as_targets, counted_pieces
 from .layers import ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)  # of the table
 WINDOW_ORDERS = (4, 6, 10)  # of the window's own counts
-COUNTED = 2**24  # bytes counted at most: of a larger text, pieces from all of it
-PIECE = 2**16
 TOKEN_BITS = 9
 SURE = 1 - 2**-12  # the largest weight of a count: what was never seen stays possible
 
@@ -60,7 +58,8 @@ class NgramCounts(nn.Module):
         super().__init__()
         self.orders = [n for n in ORDERS if n <= config.count_max]
         self.window_orders = [n for n in WINDOW_ORDERS if n <= config.count_max]
-        self.register_buffer("entries", torch.tensor([torch.iinfo(torch.int64).max]))
+        last = torch.tensor([torch.iinfo(torch.int64).max])  # so that no search runs off the end
+        self.register_buffer("entries", last)
         self.register_buffer("cumulative", torch.zeros(2, dtype=torch.int32))
         n = len(self.orders + self.window_orders)
         self.by_count = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(n, 1))
@@ -69,13 +68,10 @@ class NgramCounts(nn.Module):
 
     def count(self, stream: Stream) -> None:
         """Makes the table from a stream of bytes."""
-        if len(stream) > COUNTED:
-            starts = np.linspace(0, len(stream) - PIECE, COUNTED // PIECE).astype(np.int64)
-            stream = np.concatenate([stream[i : i + PIECE] for i in starts])
-        tokens = torch.from_numpy(stream.astype(np.int64))
-        targets = torch.where(tokens == BREAK, EOS, tokens)[1:]
-        tokens = torch.where(tokens == BREAK, BOS, tokens)[:-1]
-        entries, counts = [], []
+        stream = np.concatenate([stream[i : i + PIECE] for i in counted_pieces(len(stream))])
+        tokens = torch.from_numpy(as_inputs(stream[:-1]))
+        targets = torch.from_numpy(as_targets(stream[1:]))
+        entries, counts = [self.entries[-1:]], [torch.zeros(1, dtype=torch.int64)]
         known = torch.ones_like(tokens, dtype=torch.bool)
         for order, (digest, complete) in enumerate(ngram_hashes(tokens[None], self.orders[-1]), 1):
             if order not in self.orders:
@@ -102,7 +98,7 @@ class NgramCounts(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
     def probability(
-        self, p: Tensor, states: Tensor, ids: Tensor, targets: Tensor, leave_out: bool
+        self, p: Tensor, states: Tensor, ids: Tensor, targets: Tensor, counted: Tensor | None
     ) -> Tensor:
         """The probability of each target, (B, T).
 
@@ -111,11 +107,11 @@ class NgramCounts(nn.Module):
             states: (B, T, D), the network's.
             ids: (B, T), the window read.
             targets: (B, T), what came next; PAD where it does not matter.
-            leave_out: the window is part of the text counted, and is taken out of it, so that what
-                the table knows of a text it is made from is what it knows of any other.
+            counted: (B,) bool, the windows that are part of the text counted. They are taken out
+                of it, so that what the table knows of them is what it knows of any other.
         """
         follower = torch.where(targets == PAD, following(ids), targets)
-        met = self._met_in_table(ids, follower, leave_out), self._met_in_window(ids, follower)
+        met = self._met_in_table(ids, follower, counted), self._met_in_window(ids, follower)
         times, distinct, hits = (torch.cat(parts, dim=-1) for parts in zip(*met, strict=True))
         weights = self._weights(times, distinct, states)
         frequency = hits / times.clamp(min=1)
@@ -158,7 +154,7 @@ class NgramCounts(nn.Module):
         end = torch.searchsorted(self.entries, key(digest, 2**TOKEN_BITS - 1), right=True)
         return begin, torch.where(complete, end, begin)
 
-    def _met_in_table(self, ids: Tensor, follower: Tensor, leave_out: bool) -> Met:
+    def _met_in_table(self, ids: Tensor, follower: Tensor, counted: Tensor | None) -> Met:
         """ids, follower: (B, T)."""
         digest, complete = contexts(ids, self.orders)
         begin, end = self._ranges(digest, complete)
@@ -167,13 +163,14 @@ class NgramCounts(nn.Module):
         found = (self.entries[place] == pair) & (end > begin)
         hits = torch.where(found, self.cumulative[place + 1] - self.cumulative[place], 0)
         times, distinct = self.cumulative[end] - self.cumulative[begin], end - begin
-        if leave_out:
+        if counted is not None:
             by_context, by_pair = Runs(key(digest, 0)), Runs(pair)
             only_here = (by_pair.rank() == 0) & (hits == by_pair.size())
-            times = (times - by_context.size()).clamp_(min=0)
-            distinct = (distinct - by_context.total(only_here.long())).clamp_(min=0)
-            hits = (hits - by_pair.size()).clamp_(min=0)
-            # After leaving out, too, a context met once has no longer ones.
+            out = counted[:, None, None].long()
+            times = (times - out * by_context.size()).clamp_(min=0)
+            distinct = (distinct - out * by_context.total(only_here.long())).clamp_(min=0)
+            hits = (hits - out * by_pair.size()).clamp_(min=0)
+            # What is left of a context may be met once: then, too, it has no longer ones.
             times = torch.where(F.pad(times[..., :-1], (1, 0), value=2) > 1, times, 0)
         return Met(times, distinct, hits)
 

@@ -33,6 +33,8 @@ BREAK = 10  # the byte between documents
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
 TRACE = 5e-4  # the share of undecodable bytes that is not worth a warning
 SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
+COUNTED = 2**23  # bytes whose n-grams are counted, at most: of a larger text, pieces from all of it
+PIECE = 2**16
 HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
 
 Stream = np.ndarray  # uint8, (N,)
@@ -250,16 +252,25 @@ def as_targets(window: np.ndarray) -> np.ndarray:
 
 class Batch(NamedTuple):
     """One batch: the Planner's ``prompt_ids`` (B, S), the Executor's ``y_in`` (B, T), the tokens to
-    predict ``y_out`` (B, T), PAD where there is nothing to predict, and ``reads_memory`` (B,), the
-    rows that may attend to the prompt (``None``: no row)."""
+    predict ``y_out`` (B, T), PAD where there is nothing to predict, ``reads_memory`` (B,), the
+    rows that may attend to the prompt, and ``counted`` (B,), those that are part of the text whose
+    n-grams were counted (``None``: no row)."""
 
     prompt_ids: Tensor
     y_in: Tensor
     y_out: Tensor
     reads_memory: Tensor | None = None
+    counted: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
+
+
+def counted_pieces(n: int) -> np.ndarray:
+    """Where the pieces begin, ``PIECE`` bytes each, whose n-grams are counted of a stream of n."""
+    if n <= COUNTED:
+        return np.arange(0, n, PIECE)
+    return np.linspace(0, n - PIECE, COUNTED // PIECE).astype(np.int64)
 
 
 class LMDataset(Sequence[Batch]):
@@ -271,6 +282,7 @@ class LMDataset(Sequence[Batch]):
 
     def __init__(self, stream: Stream, max_len: int, planner_view: str = "same") -> None:
         self.stream, self.max_len, self.planner_view = stream, max_len, planner_view
+        self.pieces = counted_pieces(len(stream))
 
     def __len__(self) -> int:
         return math.ceil(len(self.stream) / self.max_len)
@@ -291,7 +303,11 @@ class LMDataset(Sequence[Batch]):
         y_in, y_out = as_inputs(ring[:, reach - 1 : -1]), as_targets(ring[:, reach:])
         read = as_inputs(ring[:, :reach] if self.planner_view == "previous" else ring[:, reach:])
         prompt_ids = np.concatenate((np.full((len(starts), 1), BOS), read), axis=1)
-        return Batch(*map(torch.from_numpy, (prompt_ids, y_in, y_out)))
+        place = starts % len(self.stream)
+        piece = self.pieces[np.searchsorted(self.pieces, place, side="right") - 1]
+        batch = map(torch.from_numpy, (prompt_ids, y_in, y_out, place < piece + PIECE))
+        prompts, inputs, targets, counted = batch
+        return Batch(prompts, inputs, targets, counted=counted)
 
     def batches(
         self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0

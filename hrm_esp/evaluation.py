@@ -71,7 +71,7 @@ def sum_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> float:
     """The bits that a batch's targets cost."""
     batch = batch.to(model.device)
     with autocast(model.device, dtype):
-        nats, _, _ = model.nats(batch.prompt_ids, batch.y_in, batch.y_out, batch.reads_memory)
+        nats, _, _ = model.nats(*batch)
     return nats.item() / math.log(2)
 
 

@@ -202,14 +202,14 @@ class Executor(nn.Module):
         y_out: Tensor,
         plan_vec: Tensor,
         memory: Memory | None = None,
-        leave_out: bool = False,
+        counted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the targets ``y_out`` (B, T) cost, summed, in nats, and what they would cost without
         the counts: two scalars. PAD costs nothing.
 
         Args:
             y_in, plan_vec, memory: as in `forward`.
-            leave_out: the targets are part of the text counted, see `NgramCounts.probability`.
+            counted: (B,) bool, the rows that the counts were made from, too.
         """
         states = self.read(y_in, plan_vec, memory)
         alone = F.cross_entropy(
@@ -220,7 +220,7 @@ class Executor(nn.Module):
         ).view(y_out.shape)
         if self.counts is None:
             return alone.sum(), alone.sum()
-        p = self.counts.probability((-alone).exp(), states, y_in, y_out, leave_out)
+        p = self.counts.probability((-alone).exp(), states, y_in, y_out, counted)
         return -torch.where(y_out != PAD, p, 1.0).log().sum(), alone.sum()
 
     def read(
@@ -278,12 +278,12 @@ class HRMModel(nn.Module):
         y_in: Tensor,
         y_out: Tensor,
         reads_memory: Tensor | None = None,
-        leave_out: bool = False,
+        counted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the targets cost with and without the counts (see `Executor.nats`), two scalars, and
         the codebook logits. Other arguments as in `forward`."""
         plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory)
-        return *self.executor.nats(y_in, y_out, plan_vec, memory, leave_out), code_logits
+        return *self.executor.nats(y_in, y_out, plan_vec, memory, counted), code_logits
 
     def plan(
         self, prompt_ids: Tensor, reads_memory: Tensor | None

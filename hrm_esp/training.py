@@ -161,7 +161,6 @@ def train_lm(
         stage="pretrain",
         data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
         score=score_some if len(held_out) else None,
-        leave_out=True,
     )
     announce("pretrain", model, dtype, f"{len(stream):,} bytes of text, {len(held_out):,} held out")
     trainer.run()
@@ -313,7 +312,6 @@ class Trainer:
         stage: ``pretrain`` or ``finetune``; the files are named after it.
         data_id: tells whether a run to be resumed had the same data.
         score: bits per byte of some held-out data; ``None`` if nothing is held out.
-        leave_out: the model's n-gram counts are of this data.
     """
 
     def __init__(
@@ -325,9 +323,7 @@ class Trainer:
         stage: str,
         data_id: str,
         score: Callable[[HRMModel], float] | None,
-        leave_out: bool = False,
     ) -> None:
-        self.leave_out = leave_out
         self.model, self.data, self.options, self.stage = model, data, options, stage
         self.score_some = score
         self.folder = Path(options.out_dir)
@@ -485,9 +481,7 @@ class Trainer:
         for batch in batches:
             batch = batch.to(self.device)
             with autocast(self.device, self.dtype):
-                mixed, alone, codes = self.model.nats(
-                    batch.prompt_ids, batch.y_in, batch.y_out, batch.reads_memory, self.leave_out
-                )
+                mixed, alone, codes = self.model.nats(*batch)
             nats += mixed.item()
             # Alone, too, the network is to foretell all: else it learns the counts' leavings only.
             loss = (mixed + alone) / n_tokens

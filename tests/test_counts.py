@@ -10,10 +10,10 @@ from conftest import CONFIG, TEXT, random_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_esp import counts
+from hrm_esp import counts, data
 from hrm_esp.config import HRMConfig
 from hrm_esp.counts import NgramCounts
-from hrm_esp.data import as_inputs, as_targets
+from hrm_esp.data import LMDataset, as_inputs, as_targets
 from hrm_esp.tokenizer import BOS, PAD
 
 TABLE, WINDOW = [2, 3, 4, 5, 6, 7, 8], [4, 6]
@@ -74,7 +74,7 @@ def by_hand(made: NgramCounts, p: float, text: bytes, here: bytes, place: int, o
 
 
 def ask(
-    made: NgramCounts, here: bytes, leave_out: bool
+    made: NgramCounts, here: bytes, counted: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The probability of each byte of ``here`` but the first, the log-probability of all tokens
     there, and the targets; the network knows nothing."""
@@ -85,7 +85,7 @@ def ask(
     states = torch.zeros(1, len(data) - 1, 4)
     p = torch.full(targets.shape, 1 / 260)
     with torch.no_grad():
-        probability = made.probability(p, states, ids, targets, leave_out)
+        probability = made.probability(p, states, ids, targets, torch.tensor([counted]))
         logits = made.mix(torch.zeros(1, len(data) - 1, 260), states, ids, before)
     return probability[0], logits[0], targets[0]
 
@@ -95,7 +95,7 @@ def ask(
 def test_the_table_is_what_counting_gives(text: str, here: str) -> None:
     counted, other = text.encode(), here.encode()
     made = table(counted)
-    found, logits, targets = ask(made, other, leave_out=False)
+    found, logits, targets = ask(made, other, counted=False)
     for i, p in enumerate(found.tolist()):
         assert p == pytest.approx(by_hand(made, 1 / 260, counted, other, i + 1, False), rel=1e-4)
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(len(found)))
@@ -108,7 +108,7 @@ def test_what_is_left_out_is_as_if_never_met(text: str, here: str, more: str) ->
     window = here.encode()
     counted = text.encode() + window + more.encode()
     made = table(counted)
-    found, _, _ = ask(made, window, leave_out=True)
+    found, _, _ = ask(made, window, counted=True)
     for i, p in enumerate(found.tolist()):
         assert p == pytest.approx(by_hand(made, 1 / 260, counted, window, i + 1, True), rel=1e-4)
 
@@ -116,17 +116,35 @@ def test_what_is_left_out_is_as_if_never_met(text: str, here: str, more: str) ->
 def test_longer_contexts_of_one_met_once_are_not_kept() -> None:
     once = table(b"\nabcdefghijk")
     twice = table(b"\nabcdefghijk\nabcdefghijk")
-    assert len(once.entries) == 10 < len(twice.entries)
+    assert len(once.entries) == 10 + 1 < len(twice.entries)
 
 
 def test_of_a_large_text_pieces_from_all_of_it_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counts, "COUNTED", 4096)
-    monkeypatch.setattr(counts, "PIECE", 256)
+    monkeypatch.setattr(data, "COUNTED", 4096)
+    for module in (data, counts):
+        monkeypatch.setattr(module, "PIECE", 256)
     text = "".join(f"{n:05} " for n in range(4000)).encode()
     made = table(text)
-    assert int(made.cumulative[-1]) < 5 * 4096
+    assert int(made.cumulative[-1]) < len(TABLE) * 4096
     for known in (b"00001 ", b"03999 "):
-        assert ask(made, known, leave_out=False)[0][-1] > 0.01
+        assert ask(made, known, counted=False)[0][-1] > 0.01
+    # A window is taken out of the table only if it is in there.
+    starts = np.arange(8, 24000, 16)
+    batch = LMDataset(np.frombuffer(text, dtype=np.uint8), 16).windows(starts)
+    joined = b"|".join(text[i : i + 256] for i in data.counted_pieces(len(text)))
+    is_in = [text[i : i + 16] in joined for i in starts]
+    begins_in = [text[i : i + 9] in joined for i in starts]
+    assert batch.counted is not None
+    flags = batch.counted.tolist()
+    assert 200 < sum(is_in) <= sum(flags)
+    assert all(f >= whole for f, whole in zip(flags, is_in, strict=True))
+    assert sum(f > part for f, part in zip(flags, begins_in, strict=True)) < 20  # cut at an end
+
+
+def test_a_text_of_one_byte_can_be_counted() -> None:
+    made = table(b"a\n")
+    found, logits, _ = ask(made, b"abc abc abc", counted=False)
+    assert found.isfinite().all() and logits.isfinite().all()
 
 
 def test_the_table_travels_with_the_weights() -> None:

@@ -20,6 +20,7 @@ ROWS: dict[str, dict[str, object]] = {
     "no QK-norm": {"qk_norm": False},
     "no zero-initialised outputs": {"zero_init": False},
     "the Planner's blocks at the full learning rate": {"planner_lr": 1.0},
+    "no n-gram counts": {"count_max": 0},
     "no n-gram embeddings": {"ngram_max": 1},
     "full windows and batches from the start": {"grow": False},
     "Planner view: previous": {"planner_view": "previous"},

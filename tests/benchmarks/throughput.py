@@ -61,9 +61,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = PretrainConfig(steps=10**6, out_dir=folder)
         trainer = Trainer(
-            model.to(peer.device), data, options, stage="pretrain", data_id="", score=None,
-            leave_out=True,
-        )  # fmt: skip
+            model.to(peer.device), data, options, stage="pretrain", data_id="", score=None
+        )
     model.train()
     (_, batch), *_ = data.batches(lambda: (args.batch_size, 1), 0, 0)
     n, d = batch.y_in.numel(), config.d_model
@@ -71,7 +70,7 @@ def main() -> None:
 
     def loss() -> torch.Tensor:
         with autocast(peer.device, trainer.dtype):
-            mixed, alone, _ = model.nats(*batch.to(peer.device)[:3], leave_out=True)
+            mixed, alone, _ = model.nats(*batch.to(peer.device))
         return (mixed + alone) / n
 
     def forward_backward() -> None:
