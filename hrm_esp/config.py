@@ -156,7 +156,7 @@ class TrainConfig:
     patience: int = option(
         2,
         "training",
-        "scorings in a row without a better one, after which the rate falls early; 0 is never",
+        "scorings worse than the best, after which the run ends early; 0 is never",
         low=0,
     )
     grad_clip: float = option(

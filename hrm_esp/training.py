@@ -59,6 +59,7 @@ SCORED_LAST = 1_000_000  # ... and at the end
 ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
 SCORING_SHARE = 0.04  # of the time, at most
 N_SCORES = 8  # times a run is scored, evenly spaced
+WORSE = 1.005  # times the best score: noise at a high learning rate is less
 STATE_SECONDS = 300.0  # between two states saved, from which a run can be resumed
 EPOCH_SECONDS = 10.0  # at least, between the checkpoints of two epochs of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
@@ -87,7 +88,7 @@ class RunState:
     scoring: float = 0.0  # seconds
     val_bpb: float | None = None
     best_bpb: float | None = None
-    worse: int = 0  # scorings since the best
+    worse: int = 0  # scorings clearly worse than the best, since that
     length: float = 1.0  # of what was asked for: less once the run is past its best
     skipped: int = 0
 
@@ -537,17 +538,17 @@ class Trainer:
         if state.best_bpb is None or state.val_bpb < state.best_bpb:
             state.best_bpb, state.worse = state.val_bpb, 0
             self.save("best")
-        else:
+        elif state.val_bpb > WORSE * state.best_bpb:
             state.worse += 1
             self.end_early()
 
     def end_early(self) -> None:
-        """Lets the learning rate fall from here on, once held-out data was scored often enough
-        without getting better: more passes would only teach the training data by heart."""
+        """Lets the learning rate fall from here on, once held-out data was foretold worse often
+        enough: more passes would only teach the training data by heart."""
         state, patience, stable = self.state, self.options.patience, 1 - self.options.decay
         if state.length == 1 and 0 < patience <= state.worse and self.progress() < stable:
             state.length = self.progress() / stable
-            tqdm.write(f"held out no better {patience} times: ending early", file=sys.stderr)
+            tqdm.write("held-out text is foretold worse than before: ending early", file=sys.stderr)
 
     def save_epoch(self) -> None:
         """Keeps the epoch's model; of a timed run's momentary epochs only one now and then."""
