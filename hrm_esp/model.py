@@ -62,9 +62,10 @@ class TokenEmbedding(nn.Embedding):
     def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
         """ids: (B, T), after the tokens ``before`` (B, R), none by default -> (B, T, D)."""
         x = super().forward(ids)
-        if self.ngrams is None:
-            return x
-        return x + self.ngrams(ids, ids[:, :0] if before is None else before)
+        if self.ngrams is not None:
+            x = x + self.ngrams(ids, ids[:, :0] if before is None else before)
+        device = ids.device.type  # in mixed precision the residual stream is in the lower one, too
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Codebook(nn.Module):
@@ -120,14 +121,34 @@ class Planner(nn.Module):
         (B, G * K)."""
         return self.plan(self.read(prompt_ids))
 
-    def read(self, prompt_ids: Tensor) -> Memory:
-        """prompt_ids: (B, S) -> the prompt's states (B, S, D), and which of them are not PAD."""
+    def read(self, prompt_ids: Tensor, taught: Tensor | None = None) -> Memory:
+        """prompt_ids: (B, S) -> the prompt's states (B, S, D), and which of them are not PAD.
+
+        Args:
+            taught: (B,) bool, the rows whose states carry a gradient; all by default.
+        """
         is_token = prompt_ids != PAD
         visible = None if is_token.all() else is_token
-        x, angles = self.positions(self.tok_emb(prompt_ids))
+        if taught is None or taught.all():
+            return Memory(self._states(prompt_ids, visible), visible)
+
+        def read(rows: Tensor) -> Tensor:
+            return self._states(prompt_ids[rows], None if visible is None else visible[rows])
+
+        with torch.no_grad():
+            others = read(~taught)
+        states = others.new_empty(*prompt_ids.shape, others.shape[-1])
+        states[~taught] = others
+        if taught.any():
+            states[taught] = read(taught)
+        return Memory(states, visible)
+
+    def _states(self, ids: Tensor, visible: Tensor | None) -> Tensor:
+        """ids, visible: (B, S) -> (B, S, D)."""
+        x, angles = self.positions(self.tok_emb(ids))
         for block in self.blocks:
             x = block(x, angles, visible)
-        return Memory(self.norm(x), visible)
+        return self.norm(x)
 
     def plan(self, memory: Memory) -> tuple[Tensor, Tensor | None]:
         """States (B, S, D), mean-pooled without PAD -> plan (B, P), logits (B, G * K) or None."""
@@ -279,18 +300,23 @@ class HRMModel(nn.Module):
         y_out: Tensor,
         reads_memory: Tensor | None = None,
         counted: Tensor | None = None,
+        taught: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the targets cost with and without the counts (see `Executor.nats`), two scalars, and
-        the codebook logits. Other arguments as in `forward`."""
-        plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory)
+        the codebook logits. Other arguments as in `forward`.
+
+        Args:
+            taught: see `Planner.read`.
+        """
+        plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory, taught)
         return *self.executor.nats(y_in, y_out, plan_vec, memory, counted), code_logits
 
     def plan(
-        self, prompt_ids: Tensor, reads_memory: Tensor | None
+        self, prompt_ids: Tensor, reads_memory: Tensor | None, taught: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Memory | None]:
         """prompt_ids: (B, S) -> what the Executor gets of it: the plan (B, P) and, where it reads
         it, the memory; between them the codebook logits."""
-        states = self.planner.read(prompt_ids)
+        states = self.planner.read(prompt_ids, taught)
         plan_vec, code_logits = self.planner.plan(states)
         if not self.config.memory or reads_memory is None:
             return plan_vec, code_logits, None

@@ -49,21 +49,24 @@ class Parameters:
 def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices in the blocks, its steps scaled to the size of
     AdamW's (Liu et al. 2025, section 2.2), so that one learning rate serves both; AdamW for the
-    rest, without weight decay. Each group's ``scale`` is its share of the learning rate."""
+    rest, without weight decay. In pretraining AdamW has the Planner's blocks, too: Muon takes a
+    third more time with them. Each group's ``scale`` is its share of the learning rate."""
     pretraining = isinstance(options, PretrainConfig)
     decay = {"weight_decay": options.weight_decay}
-    matrices = [
-        {"params": parameters.planner, "scale": PLANNER_LR if pretraining else 1.0, **decay},
-        {"params": parameters.executor, "scale": 1.0, **decay},
-    ]
+    planner = {"params": parameters.planner, "scale": PLANNER_LR if pretraining else 1.0, **decay}
+    executor = {"params": parameters.executor, "scale": 1.0, **decay}
     rest = {"params": parameters.rest, "scale": 1.0, "weight_decay": 0.0}
     tables = {"params": parameters.tables, "scale": NGRAM_LR}
-    optimizers: list[Optimizer] = []
-    if options.optimizer == "muon":
-        optimizers += [Muon(matrices, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")]
-        optimizers += [AdamW([rest], betas=BETAS, fused=True)]
+    if options.optimizer == "adamw":
+        by_muon, by_adamw = [], [planner, executor, rest]
+    elif pretraining:
+        by_muon, by_adamw = [executor], [planner, rest]
     else:
-        optimizers += [AdamW([*matrices, rest], betas=BETAS, fused=True)]
+        by_muon, by_adamw = [planner, executor], [rest]
+    optimizers: list[Optimizer] = [AdamW(by_adamw, betas=BETAS, fused=True)]
+    if by_muon:
+        muon = Muon(by_muon, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
     if parameters.tables and parameters.tables[0].device.type == "mps":
         optimizers += [AdamW([tables], betas=BETAS, weight_decay=0.0)]
     elif parameters.tables:

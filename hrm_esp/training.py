@@ -34,7 +34,7 @@ from .data import (
     split_stream,
     text_files,
 )
-from .device import autocast, choose_device, choose_precision
+from .device import autocast, choose_device, choose_precision, keep_freed_memory
 from .errors import HRMError
 from .evaluation import (
     PairScore,
@@ -441,6 +441,8 @@ class Trainer:
         """
         state = self.state
         begin = time.perf_counter() - state.seconds
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model.train()
         meter = Meter(self.stage, state)
         with stop_signals() as stopped, meter.bar:
@@ -516,8 +518,9 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.dense, self.options.grad_clip or math.inf)
         for table in self.parameters.tables:
             if table.grad is not None:
-                grad = table.grad.coalesce().values() if table.grad.is_sparse else table.grad
-                norm = norm + grad.norm()
+                if table.grad.is_sparse:
+                    table.grad = table.grad.coalesce()  # once, for the optimizer too
+                norm = norm + table.grad.norm()
         return math.isfinite(norm.item())
 
     def score_if_due(self) -> None:

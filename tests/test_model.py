@@ -222,6 +222,21 @@ def test_a_new_model_predicts_all_bytes_alike() -> None:
     close(logits, torch.full_like(logits, -math.log(VOCAB_SIZE)))
 
 
+def test_the_planner_learns_from_the_taught_rows_alone() -> None:
+    model, ids = random_model(), tokens(5, 12)
+    for last in (65, PAD):
+        ids[1, -3:] = last
+        taught = torch.tensor([True, False, True, False, False])
+        all_taught, some_taught = (model.planner.read(ids, rows) for rows in (None, taught))
+        close(all_taught.states, some_taught.states)
+        weight = model.planner.blocks[0].ffn.out.weight
+        (expected,) = torch.autograd.grad(all_taught.states[taught].pow(3).sum(), weight)
+        (found,) = torch.autograd.grad(some_taught.states.pow(3).sum(), weight)
+        close(expected, found)
+    with torch.no_grad():
+        assert not model.planner.read(ids, taught).states.requires_grad
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = random_model(dropout=0.5)
     prompt, y_in = tokens(1, 9), tokens(1, 5)

@@ -203,7 +203,7 @@ def test_the_loss_is_on_the_target_alone() -> None:
     ).all()  # a row without a target shows the Planner nothing
 
 
-def test_all_matrices_of_the_blocks_go_to_muon() -> None:
+def test_which_optimizer_has_which_parameters() -> None:
     model = random_model(memory=True)
     parameters = Parameters.of(model)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -211,11 +211,20 @@ def test_all_matrices_of_the_blocks_go_to_muon() -> None:
         for p in getattr(parameters, part):
             assert names[id(p)].startswith(f"{part}.blocks") and p.ndim == 2
     assert all(p.ndim < 2 or "blocks" not in names[id(p)] for p in parameters.rest)
-    for optimizer, kinds in (("muon", "Muon AdamW SparseAdam"), ("adamw", "AdamW SparseAdam")):
-        built = build_optimizers(parameters, PretrainConfig(optimizer=optimizer))
-        assert [type(o).__name__ for o in built] == kinds.split()
-        given = [p for o in built for group in o.param_groups for p in group["params"]]
-        assert sorted(map(id, given)) == sorted(map(id, model.parameters()))
+    executor, both = parameters.executor, parameters.planner + parameters.executor
+    for config, by_muon in (
+        (PretrainConfig(), executor),
+        (PretrainConfig(optimizer="adamw"), []),
+        (FinetuneConfig(), both),
+        (FinetuneConfig(optimizer="adamw"), []),
+    ):
+        built = {type(o).__name__: o for o in build_optimizers(parameters, config)}
+        assert set(built) == {"AdamW", "SparseAdam", *(["Muon"] if by_muon else [])}
+        given = {k: [p for g in o.param_groups for p in g["params"]] for k, o in built.items()}
+        assert list(map(id, given.get("Muon", []))) == list(map(id, by_muon))
+        assert sorted(id(p) for ps in given.values() for p in ps) == sorted(
+            map(id, model.parameters())
+        )
 
 
 def test_warm_up_stable_decay() -> None:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, load_stream
-from hrm_esp.device import autocast
+from hrm_esp.device import autocast, keep_freed_memory
 from hrm_esp.model import HRMModel
 from hrm_esp.training import Trainer
 
@@ -64,6 +64,7 @@ def main() -> None:
             model.to(peer.device), data, options, stage="pretrain", data_id="", score=None
         )
     model.train()
+    keep_freed_memory()  # for both
     (_, batch), *_ = data.batches(lambda: (args.batch_size, 1), 0, 0)
     n, d = batch.y_in.numel(), config.d_model
     x, w = (torch.randn(*s, dtype=trainer.dtype, device=peer.device) for s in ((n, d), (8 * d, d)))
