@@ -96,6 +96,9 @@ class HRMConfig:
         "length of the longest n-grams counted in the training text; under 4 is none",
         low=0,
     )
+    recent_len: int = option(
+        4096, "model", "bytes before max_len whose n-grams are counted as the Executor reads", low=0
+    )
     dropout: float = option(
         0.0, "model", "share of activations dropped in training", low=0, below=1
     )

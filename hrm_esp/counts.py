@@ -22,7 +22,7 @@ from .layers import ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)  # of the table
-WINDOW_ORDERS = (4, 6, 10)  # of the window's own counts
+RECENT_ORDERS = (4, 6, 10)  # of what was read last
 TOKEN_BITS = 9
 SURE = 1 - 2**-12  # the largest weight of a count: what was never seen stays possible
 
@@ -38,8 +38,9 @@ class Met(NamedTuple):
 
 
 class NgramCounts(nn.Module):
-    """Mixes the network's distribution with relative frequencies after contexts of rising order,
-    first those of the training text, then those of the window itself.
+    """Mixes the network's distribution with relative frequencies after contexts of rising order: of
+    the training text, and of the text just read (a cache, Kuhn & De Mori 1990), which is the window
+    and some of what came before it. Of equal order, the latter have the last word.
 
     Deleted interpolation (Jelinek & Mercer 1980): p_n = p_(n-1) + w_n (c_n / N_n - p_(n-1)), where
     p_0 is the network's, and c_n of the N_n times that the last n tokens were met, this one came
@@ -57,11 +58,14 @@ class NgramCounts(nn.Module):
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
         self.orders = [n for n in ORDERS if n <= config.count_max]
-        self.window_orders = [n for n in WINDOW_ORDERS if n <= config.count_max]
+        self.recent_orders = [n for n in RECENT_ORDERS if n <= config.count_max]
         last = torch.tensor([torch.iinfo(torch.int64).max])  # so that no search runs off the end
         self.register_buffer("entries", last)
         self.register_buffer("cumulative", torch.zeros(2, dtype=torch.int32))
-        n = len(self.orders + self.window_orders)
+        orders = self.orders + self.recent_orders
+        n = len(orders)
+        self.by_length = sorted(range(n), key=orders.__getitem__)  # as they are mixed ...
+        self.by_kind = sorted(range(n), key=self.by_length.__getitem__)  # ... and back
         self.by_count = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(n, 1))
         self.by_state = nn.Linear(config.d_model, n, bias=False)
         nn.init.zeros_(self.by_state.weight)
@@ -98,7 +102,13 @@ class NgramCounts(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
     def probability(
-        self, p: Tensor, states: Tensor, ids: Tensor, targets: Tensor, counted: Tensor | None
+        self,
+        p: Tensor,
+        states: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        counted: Tensor | None = None,
+        past: Tensor | None = None,
     ) -> Tensor:
         """The probability of each target, (B, T).
 
@@ -109,32 +119,44 @@ class NgramCounts(nn.Module):
             targets: (B, T), what came next; PAD where it does not matter.
             counted: (B,) bool, the windows that are part of the text counted. They are taken out
                 of it, so that what the table knows of them is what it knows of any other.
+            past: (B, R), the text before the window; none by default.
         """
+        past = ids[:, :0] if past is None else past
         follower = torch.where(targets == PAD, following(ids), targets)
-        met = self._met_in_table(ids, follower, counted), self._met_in_window(ids, follower)
-        times, distinct, hits = (torch.cat(parts, dim=-1) for parts in zip(*met, strict=True))
-        weights = self._weights(times, distinct, states)
-        frequency = hits / times.clamp(min=1)
-        for n in range(weights.shape[-1]):
-            p = p + weights[..., n] * (frequency[..., n] - p)
-        return p
+        met = (
+            self._met_in_table(ids, follower, counted, past),
+            self._met_recently(ids, follower, past),
+        )
+        times, distinct, hits = (
+            torch.cat(parts, dim=-1)[..., self.by_length] for parts in zip(*met, strict=True)
+        )
+        rest, shares = self._shares(times, distinct, states)
+        return p * rest + (shares * hits / times.clamp(min=1)).sum(-1)
 
-    def mix(self, logits: Tensor, states: Tensor, ids: Tensor, before: Tensor) -> Tensor:
+    def mix(
+        self, logits: Tensor, states: Tensor, ids: Tensor, recent: Recent, past: Tensor | None
+    ) -> Tensor:
         """The network's logits (B, T, V) -> the log-probabilities of the mixture, (B, T, V).
 
         Args:
             states: (B, T, D), the network's.
-            ids, before: (B, T) and (B, R), the tokens read, and those of the window before them.
+            ids: (B, T), the tokens read.
+            recent: the tokens before; takes ``ids`` in.
+            past: (B, R), tokens to be taken in before those, if any.
         """
-        begin, end = self._ranges(*contexts(ids, self.orders, before))
-        same, is_new = self._matches(ids, before)
+        if past is not None and past.shape[1]:
+            recent.read(past, self)
+        digest, complete = recent.read(ids, self)
+        n = len(self.orders)
+        begin, end = self._ranges(digest[..., :n], complete[..., :n])
+        same, is_new = recent.matches(ids.shape[1])
+        same = same & complete[:, :, None, n:]
         times = torch.cat((self.cumulative[end] - self.cumulative[begin], same.sum(2)), -1)
         distinct = torch.cat((end - begin, (same & is_new).sum(2)), -1)
-        weights = self._weights(times, distinct, states)
-        rest = (1 - weights).flip(-1).cumprod(-1).flip(-1)  # what an order and those above leave
-        share = weights * F.pad(rest[..., 1:], (0, 1), value=1.0) / times.clamp(min=1)
-        p = logits.float().softmax(-1) * rest[..., :1]
-        n = len(self.orders)
+        times, distinct = times[..., self.by_length], distinct[..., self.by_length]
+        rest, shares = self._shares(times, distinct, states)
+        share = (shares / times.clamp(min=1))[..., self.by_kind]
+        p = logits.float().softmax(-1) * rest[..., None]
         # All entries of all contexts, one after another, each with the context it belongs to.
         size = (end - begin).flatten()
         context = torch.repeat_interleave(size)
@@ -145,7 +167,7 @@ class NgramCounts(nn.Module):
         p.view(-1).index_add_(
             0, context // n * VOCAB_SIZE + token, met * share[..., :n].flatten()[context]
         )
-        follower = following(torch.cat((before, ids), dim=1))[:, None].expand(same.shape[:3])
+        follower = following(recent.ids)[:, None, :-1].expand(same.shape[:3])
         return p.scatter_add(2, follower, (same * share[:, :, None, n:]).sum(-1)).log()
 
     def _ranges(self, digest: Tensor, complete: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,9 +176,11 @@ class NgramCounts(nn.Module):
         end = torch.searchsorted(self.entries, key(digest, 2**TOKEN_BITS - 1), right=True)
         return begin, torch.where(complete, end, begin)
 
-    def _met_in_table(self, ids: Tensor, follower: Tensor, counted: Tensor | None) -> Met:
-        """ids, follower: (B, T)."""
-        digest, complete = contexts(ids, self.orders)
+    def _met_in_table(
+        self, ids: Tensor, follower: Tensor, counted: Tensor | None, past: Tensor
+    ) -> Met:
+        """ids, follower: (B, T), past: (B, R)."""
+        digest, complete = contexts(ids, self.orders, past)
         begin, end = self._ranges(digest, complete)
         pair = key(digest, follower[..., None])
         place = torch.searchsorted(self.entries, pair).clamp_(max=len(self.entries) - 1)
@@ -174,35 +198,80 @@ class NgramCounts(nn.Module):
             times = torch.where(F.pad(times[..., :-1], (1, 0), value=2) > 1, times, 0)
         return Met(times, distinct, hits)
 
-    def _met_in_window(self, ids: Tensor, follower: Tensor) -> Met:
-        """ids, follower: (B, T)."""
-        digest, complete = contexts(ids, self.window_orders)
+    def _met_recently(self, ids: Tensor, follower: Tensor, past: Tensor) -> Met:
+        """ids, follower: (B, T), past: (B, R)."""
+        r = past.shape[1]
+        ids = torch.cat((past, ids), dim=1)
+        follower = torch.cat((following(ids)[:, :r], follower), dim=1)
+        digest, complete = contexts(ids, self.recent_orders)
         by_context, by_pair = Runs(key(digest, 0)), Runs(key(digest, follower[..., None]))
         is_new = (by_pair.rank() == 0).long()
         times = torch.where(complete, by_context.rank(), 0)
-        return Met(times, by_context.total_before(is_new), by_pair.rank())
+        met = Met(times, by_context.total_before(is_new), by_pair.rank())
+        return Met(*(m[:, r:] for m in met))
 
-    def _matches(self, ids: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Which places of the window had the same context as each of ids, (B, T, R + T, N), and
-        whether what followed there was new after it, (B, 1, R + T, N)."""
-        window = torch.cat((before, ids), dim=1)
-        digest, complete = contexts(window, self.window_orders)
-        n, r = window.shape[1], before.shape[1]
-        past = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril(-1)[r:, :, None]
-        same = (digest[:, r:, None] == digest[:, None]) & past & complete[:, r:, None]
-        is_new = Runs(key(digest, following(window)[..., None])).rank() == 0
-        return same, is_new[:, None]
-
-    def _weights(self, times: Tensor, distinct: Tensor, states: Tensor) -> Tensor:
-        """w_n, (B, T, N), from how often a context was met, by how many tokens it was followed,
-        both (B, T, N), and the network's states (B, T, D)."""
+    def _shares(self, times: Tensor, distinct: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The shares of the network, (B, T), and of each order, (B, T, N), in the mixture, from how
+        often its context was met, by how many tokens it was followed, both (B, T, N), and the
+        network's states (B, T, D). All by length."""
         score = (
             (times + 1).log() * self.by_count[:, 0]
             + (distinct + 1).log() * self.by_count[:, 1]
             + self.by_count[:, 2]
             + self.by_state(states).float()
         )
-        return torch.where(times > 0, SURE * score.sigmoid(), 0.0)
+        weights = torch.where(times > 0, SURE * score.sigmoid(), 0.0)
+        left = (1 - weights).flip(-1).cumprod(-1).flip(-1)  # by an order and all after it
+        shares = weights * F.pad(left[..., 1:], (0, 1), value=1.0)
+        return left[..., 0], shares
+
+
+class Recent:
+    """The tokens read so far, and what is known of their contexts, for generation."""
+
+    ids: Tensor  # (B, P)
+    digest: Tensor  # (B, P, N), of the context that each of them ends
+    pair: Tensor  # (B, P - 1, N), the same with the token after it
+    is_new: Tensor  # (B, P - 1, N), whether that one was not met after this context before
+
+    def __init__(self) -> None:
+        self.is_empty = True
+
+    def read(self, ids: Tensor, counts: NgramCounts) -> tuple[Tensor, Tensor]:
+        """Takes in ids (B, T); returns the hashes of their contexts of all orders, first the
+        table's, and which are complete, (B, T, N)."""
+        if self.is_empty:
+            empty = torch.zeros(len(ids), 0, len(counts.recent_orders), device=ids.device)
+            self.ids, self.is_empty = ids[:, :0], False
+            self.digest = self.pair = empty.long()
+            self.is_new = empty.bool()
+        digest, complete = contexts(ids, counts.orders + counts.recent_orders, self.ids)
+        self.ids = torch.cat((self.ids, ids), dim=1)
+        self.digest = torch.cat((self.digest, digest[..., len(counts.orders) :]), dim=1)
+        known = self.pair.shape[1]
+        pair = key(self.digest[:, known:-1], following(self.ids[:, known:])[:, :-1, None])
+        if pair.shape[1] == 1:  # a step of generation
+            is_new = ~(self.pair == pair).any(1, keepdim=True)
+            self.pair = torch.cat((self.pair, pair), dim=1)
+        else:
+            self.pair = torch.cat((self.pair, pair), dim=1)
+            is_new = (Runs(self.pair).rank() == 0)[:, known:]
+        self.is_new = torch.cat((self.is_new, is_new), dim=1)
+        return digest, complete
+
+    def matches(self, n: int) -> tuple[Tensor, Tensor]:
+        """Which places before had the same context as each of the last n, (B, n, P - 1, N), and
+        whether what followed there was new after it, (B, 1, P - 1, N)."""
+        size = self.ids.shape[1]
+        past = torch.ones(n, size - 1, dtype=torch.bool, device=self.ids.device)
+        same = self.digest[:, size - n :, None] == self.digest[:, None, :-1]
+        return same & past.tril(size - n - 1)[..., None], self.is_new[:, None]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only the given rows of the batch."""
+        if not self.is_empty:
+            self.ids, self.digest = self.ids[rows], self.digest[rows]
+            self.pair, self.is_new = self.pair[rows], self.is_new[rows]
 
 
 def key(digest: Tensor, token: Tensor | int) -> Tensor:
@@ -221,11 +290,11 @@ def contexts(
 ) -> tuple[Tensor, Tensor]:
     """The hashes of the last n tokens at each of ids (B, T), after ``before`` (B, R), for each
     order, and whether there are so many since BOS; both (B, T, N)."""
-    reach = 0
+    reach, longest = 0, max(orders)
     if before is not None:
-        before = before[:, max(0, before.shape[1] - orders[-1] + 1) :]
+        before = before[:, max(0, before.shape[1] - longest + 1) :]
         ids, reach = torch.cat((before, ids), dim=1), before.shape[1]
-    hashes = list(ngram_hashes(ids, orders[-1], reach))
+    hashes = list(ngram_hashes(ids, longest, reach))
     digests, complete = zip(*(hashes[n - 1] for n in orders), strict=True)
     return torch.stack(digests, dim=-1), torch.stack(complete, dim=-1)
 

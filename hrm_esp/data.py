@@ -256,7 +256,8 @@ class Batch(NamedTuple):
     predict ``y_out`` (B, T), PAD where there is nothing to predict, ``reads_memory`` (B,), the
     rows that may attend to the prompt, ``counted`` (B,), those that are part of the text whose
     n-grams were counted (``None``: no row), and ``taught`` (B,), those from which the Planner's
-    blocks learn (``None``: all)."""
+    blocks learn (``None``: all). ``past`` (B, R) is the text before ``y_in``, PAD on the left, for
+    the counts alone (``None``: nothing)."""
 
     prompt_ids: Tensor
     y_in: Tensor
@@ -264,6 +265,7 @@ class Batch(NamedTuple):
     reads_memory: Tensor | None = None
     counted: Tensor | None = None
     taught: Tensor | None = None
+    past: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
@@ -281,10 +283,17 @@ class LMDataset(Sequence[Batch]):
 
     The stream is taken as a ring, so that windows from any offset cover all of it. Item ``i`` is
     the window from ``i * max_len`` on, as a batch of one.
+
+    Args:
+        recent_len: bytes before each window that come with it as the ``past``.
     """
 
-    def __init__(self, stream: Stream, max_len: int, planner_view: str = "same") -> None:
+    def __init__(
+        self, stream: Stream, max_len: int, planner_view: str = "same", recent_len: int = 0
+    ) -> None:
         self.stream, self.max_len, self.planner_view = stream, max_len, planner_view
+        # Of a ring smaller than that, nothing that is still to be predicted.
+        self.recent_len = max(0, min(recent_len, len(stream) - max_len - 1))
         self.pieces = counted_pieces(len(stream))
 
     def __len__(self) -> int:
@@ -308,9 +317,14 @@ class LMDataset(Sequence[Batch]):
         prompt_ids = np.concatenate((np.full((len(starts), 1), BOS), read), axis=1)
         place = starts % len(self.stream)
         piece = self.pieces[np.searchsorted(self.pieces, place, side="right") - 1]
-        batch = map(torch.from_numpy, (prompt_ids, y_in, y_out, place < piece + PIECE))
-        prompts, inputs, targets, counted = batch
-        return Batch(prompts, inputs, targets, counted=counted)
+        places = np.arange(-1 - self.recent_len, -1)
+        before = self.stream[(starts[:, None] + places) % len(self.stream)]
+        batch = map(
+            torch.from_numpy,
+            (prompt_ids, y_in, y_out, place < piece + PIECE, as_inputs(before)),
+        )
+        prompts, inputs, targets, counted, past = batch
+        return Batch(prompts, inputs, targets, counted=counted, past=past)
 
     def batches(
         self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0

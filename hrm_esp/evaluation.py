@@ -75,27 +75,33 @@ def sum_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> float:
     return nats.item() / math.log(2)
 
 
-def scoring_windows(stream: Stream, max_len: int, starts: Sequence[int]) -> Batch:
+def scoring_windows(
+    stream: Stream, max_len: int, starts: Sequence[int], recent_len: int = 0
+) -> Batch:
     """The windows that begin at each of ``starts``: those the Executor has in generation.
 
     Each predicts the bytes no earlier window predicts; the Planner reads the ``max_len`` bytes
-    before the first of them.
+    before the first of them, and the counts the ``recent_len`` before the window.
     """
     n = len(stream)
     prompt_ids = np.full((len(starts), max_len + 1), PAD)
     y_in, y_out = np.full((2, len(starts), max_len), PAD)
+    past = np.full((len(starts), recent_len), PAD)
     prompt_ids[:, 0] = BOS
     for row, start in enumerate(starts):
         end = min(start + max_len, n)
         first = start + max_len // 2 if start else 0
         read = as_inputs(stream[max(0, first - max_len) : first])
         prompt_ids[row, 1 : len(read) + 1] = read
-        y_in[row, 0] = as_inputs(stream[start - 1 : start])[0] if start else BOS
+        seen = as_inputs(stream[max(0, start - 1 - recent_len) : start])
+        seen = np.concatenate(([BOS], seen)) if start <= recent_len else seen
+        past[row, recent_len + 1 - len(seen) :] = seen[:-1]
+        y_in[row, 0] = seen[-1]
         y_in[row, 1 : end - start] = as_inputs(stream[start : end - 1])
         y_out[row, first - start : end - start] = as_targets(stream[first:end])
     width = min(max_len, n)
     batch = prompt_ids[:, : (prompt_ids != PAD).sum(1).max()], y_in[:, :width], y_out[:, :width]
-    return Batch(*map(torch.from_numpy, batch))
+    return Batch(*map(torch.from_numpy, batch))._replace(past=torch.from_numpy(past))
 
 
 def score_stream(
@@ -117,7 +123,7 @@ def score_stream(
         starts[:1],
         *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size)),
     ]:
-        batch = scoring_windows(stream, max_len, group)
+        batch = scoring_windows(stream, max_len, group, model.config.recent_len)
         bits += sum_bits(model, batch, dtype)
         if progress is not None:
             progress(int((batch.y_out != PAD).sum()))

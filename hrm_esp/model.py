@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HRMConfig
-from .counts import WINDOW_ORDERS, NgramCounts
+from .counts import RECENT_ORDERS, NgramCounts, Recent
 from .layers import (
     Angles,
     BlockCache,
@@ -169,6 +169,7 @@ class ExecutorCache:
         reads = 0 if memory is None else memory.states.shape[1]
         self.blocks = [BlockCache(KVCache(capacity), KVCache(reads)) for _ in range(n_layers)]
         self.ids: Tensor | None = None  # (B, T), the tokens read
+        self.recent = Recent()
 
     @property
     def length(self) -> int:
@@ -181,6 +182,7 @@ class ExecutorCache:
             block.memory.select(rows)
         if self.ids is not None:
             self.ids = self.ids[rows]
+        self.recent.select(rows)
 
 
 class Executor(nn.Module):
@@ -194,7 +196,7 @@ class Executor(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers_dec))
         self.norm = RMSNorm(config.d_model)
         self.lm_head = linear(config.d_model, VOCAB_SIZE, zero=True)
-        self.counts = NgramCounts(config) if config.count_max >= WINDOW_ORDERS[0] else None
+        self.counts = NgramCounts(config) if config.count_max >= RECENT_ORDERS[0] else None
 
     def forward(
         self,
@@ -202,20 +204,25 @@ class Executor(nn.Module):
         plan_vec: Tensor,
         memory: Memory | None = None,
         cache: ExecutorCache | None = None,
+        past: Tensor | None = None,
     ) -> Tensor:
         """y_in: (B, T), plan_vec: (B, P) -> the logits of the token after each of y_in, (B, T, V).
 
         Args:
             memory: the Planner's states of the prompt, read where the model has cross attention.
             cache: what came before ``y_in``; ``[PLAN]`` is put in front only where it is empty.
+            past: (B, R), the text before the window that begins with ``y_in``, for the counts
+                alone; none by default. Not to be given again with a cache that has read on.
 
         Raises:
             ValueError: more positions than ``max_len``.
         """
-        before = y_in[:, :0] if cache is None or cache.ids is None else cache.ids
         states = self.read(y_in, plan_vec, memory, cache)
         logits = self.lm_head(states)
-        return logits if self.counts is None else self.counts.mix(logits, states, y_in, before)
+        if self.counts is None:
+            return logits
+        recent = Recent() if cache is None else cache.recent
+        return self.counts.mix(logits, states, y_in, recent, past)
 
     def nats(
         self,
@@ -224,12 +231,13 @@ class Executor(nn.Module):
         plan_vec: Tensor,
         memory: Memory | None = None,
         counted: Tensor | None = None,
+        past: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the targets ``y_out`` (B, T) cost, summed, in nats, and what they would cost without
         the counts: two scalars. PAD costs nothing.
 
         Args:
-            y_in, plan_vec, memory: as in `forward`.
+            y_in, plan_vec, memory, past: as in `forward`.
             counted: (B,) bool, the rows that the counts were made from, too.
         """
         states = self.read(y_in, plan_vec, memory)
@@ -241,7 +249,7 @@ class Executor(nn.Module):
         ).view(y_out.shape)
         if self.counts is None:
             return alone.sum(), alone.sum()
-        p = self.counts.probability((-alone).exp(), states, y_in, y_out, counted)
+        p = self.counts.probability((-alone).exp(), states, y_in, y_out, counted, past)
         return -torch.where(y_out != PAD, p, 1.0).log().sum(), alone.sum()
 
     def read(
@@ -301,15 +309,17 @@ class HRMModel(nn.Module):
         reads_memory: Tensor | None = None,
         counted: Tensor | None = None,
         taught: Tensor | None = None,
+        past: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the targets cost with and without the counts (see `Executor.nats`), two scalars, and
         the codebook logits. Other arguments as in `forward`.
 
         Args:
-            taught: see `Planner.read`.
+            taught, past: see `Planner.read` and `Executor.forward`.
         """
         plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory, taught)
-        return *self.executor.nats(y_in, y_out, plan_vec, memory, counted), code_logits
+        nats = self.executor.nats(y_in, y_out, plan_vec, memory, counted, past)
+        return *nats, code_logits
 
     def plan(
         self, prompt_ids: Tensor, reads_memory: Tensor | None, taught: Tensor | None = None

@@ -124,7 +124,11 @@ class Decoder:
             self.cache = self.model.new_cache(self.memory) if self.use_cache else None
         known = 0 if self.cache is None else max(0, self.cache.length - 1)
         y_in = tokens[:, start + known :].to(self.model.device)
-        logits = self.model.executor(y_in, self.plan, self.memory, self.cache)
+        past = None
+        if not known:
+            earliest = max(0, start - self.model.config.recent_len)
+            past = tokens[:, earliest:start].to(self.model.device)
+        logits = self.model.executor(y_in, self.plan, self.memory, self.cache, past)
         return logits[:, -1].float().cpu()
 
     def select(self, rows: Tensor) -> None:

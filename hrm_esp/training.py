@@ -157,7 +157,7 @@ def train_lm(
 
     trainer = Trainer(
         model,
-        LMDataset(stream, config.max_len, options.planner_view),
+        LMDataset(stream, config.max_len, options.planner_view, config.recent_len),
         options,
         stage="pretrain",
         data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",

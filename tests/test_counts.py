@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from hrm_esp import counts, data
 from hrm_esp.config import HRMConfig
-from hrm_esp.counts import NgramCounts
+from hrm_esp.counts import NgramCounts, Recent
 from hrm_esp.data import LMDataset, as_inputs, as_targets
 from hrm_esp.tokenizer import BOS, PAD
 
-TABLE, WINDOW = [2, 3, 4, 5, 6, 7, 8], [4, 6]
+TABLE, JUST_READ = [2, 3, 4, 5, 6, 7, 8], [4, 6]
 TEXTS = st.text(alphabet="ab\n", min_size=20, max_size=120)
+BEGINS = st.integers(0, 18)
 
 
 def table(text: bytes, seed: int = 0) -> NgramCounts:
@@ -44,18 +45,21 @@ def followers(text: bytes, wanted: bytes, end: int | None = None) -> Counter[byt
     return Counter(text[j : j + 1] for j in places if text[j - n : j] == wanted)
 
 
-def by_hand(made: NgramCounts, p: float, text: bytes, here: bytes, place: int, own: bool) -> float:
+def by_hand(
+    made: NgramCounts, p: float, text: bytes, here: bytes, place: int, begin: int, own: bool
+) -> float:
     """The mixture's probability of ``here[place]``, from what followed its contexts in ``text``,
-    without ``here`` itself if ``own``, and in ``here`` before ``place``."""
+    without ``here`` from ``begin`` on if ``own``, and in ``here`` before ``place``."""
     met_before = 2
-    for i, order in enumerate(TABLE + WINDOW):
+    kinds = [(n, "table") for n in TABLE] + [(n, "just read") for n in JUST_READ]
+    for i, (order, kind) in enumerate(sorted(kinds, key=lambda pair: pair[0])):
         wanted = context(here, place, order)
         if wanted is None:
             continue
-        if i < len(TABLE):
+        if kind == "table":
             after = followers(text, wanted)
             if own:
-                after.subtract(followers(here, wanted))
+                after.subtract(followers(here, wanted) - followers(here, wanted, begin + 1))
             met = sum(after.values())
             skip, met_before = met_before < 2, met  # one met once says all that longer ones can
             if skip:
@@ -74,43 +78,45 @@ def by_hand(made: NgramCounts, p: float, text: bytes, here: bytes, place: int, o
 
 
 def ask(
-    made: NgramCounts, here: bytes, counted: bool
+    made: NgramCounts, here: bytes, counted: bool, begin: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The probability of each byte of ``here`` but the first, the log-probability of all tokens
+    """The probability of each byte of ``here`` after ``begin``, the log-probability of all tokens
     there, and the targets; the network knows nothing."""
     data = np.frombuffer(here, dtype=np.uint8)
     ids, targets = (torch.from_numpy(f(d))[None] for f, d in
                     ((as_inputs, data[:-1]), (as_targets, data[1:])))  # fmt: skip
-    before = ids[:, :0]
-    states = torch.zeros(1, len(data) - 1, 4)
+    past, ids, targets = ids[:, :begin], ids[:, begin:], targets[:, begin:]
+    states = torch.zeros(*ids.shape, 4)
     p = torch.full(targets.shape, 1 / 260)
     with torch.no_grad():
-        probability = made.probability(p, states, ids, targets, torch.tensor([counted]))
-        logits = made.mix(torch.zeros(1, len(data) - 1, 260), states, ids, before)
+        probability = made.probability(p, states, ids, targets, torch.tensor([counted]), past)
+        logits = made.mix(torch.zeros(*ids.shape, 260), states, ids, Recent(), past)
     return probability[0], logits[0], targets[0]
 
 
 @settings(max_examples=40, deadline=None)
-@given(TEXTS, TEXTS)
-def test_the_table_is_what_counting_gives(text: str, here: str) -> None:
+@given(TEXTS, TEXTS, BEGINS)
+def test_the_table_is_what_counting_gives(text: str, here: str, begin: int) -> None:
     counted, other = text.encode(), here.encode()
     made = table(counted)
-    found, logits, targets = ask(made, other, counted=False)
-    for i, p in enumerate(found.tolist()):
-        assert p == pytest.approx(by_hand(made, 1 / 260, counted, other, i + 1, False), rel=1e-4)
+    found, logits, targets = ask(made, other, False, begin)
+    for i, p in enumerate(found.tolist(), begin + 1):
+        by_counting = by_hand(made, 1 / 260, counted, other, i, begin, False)
+        assert p == pytest.approx(by_counting, rel=1e-4)
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(len(found)))
     torch.testing.assert_close(logits.gather(1, targets[:, None])[:, 0], found.log())
 
 
 @settings(max_examples=40, deadline=None)
-@given(TEXTS, TEXTS, TEXTS)
-def test_what_is_left_out_is_as_if_never_met(text: str, here: str, more: str) -> None:
+@given(TEXTS, TEXTS, TEXTS, BEGINS)
+def test_what_is_left_out_is_as_if_never_met(text: str, here: str, more: str, begin: int) -> None:
     window = here.encode()
     counted = text.encode() + window + more.encode()
     made = table(counted)
-    found, _, _ = ask(made, window, counted=True)
-    for i, p in enumerate(found.tolist()):
-        assert p == pytest.approx(by_hand(made, 1 / 260, counted, window, i + 1, True), rel=1e-4)
+    found, _, _ = ask(made, window, True, begin)
+    for i, p in enumerate(found.tolist(), begin + 1):
+        by_counting = by_hand(made, 1 / 260, counted, window, i, begin, True)
+        assert p == pytest.approx(by_counting, rel=1e-4)
 
 
 def test_longer_contexts_of_one_met_once_are_not_kept() -> None:

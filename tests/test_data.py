@@ -130,6 +130,20 @@ def test_the_previous_view_ends_where_the_window_begins() -> None:
     assert decode(batch.y_out[0].tolist()) == "4567"
 
 
+def test_the_past_ends_where_the_window_begins() -> None:
+    text = ring(b"0123456789\nabcdefghi\n")
+    batch = LMDataset(text, 4, recent_len=3).windows(np.array([1, 4, 13]), 2)
+    assert batch.past is not None
+    decode = ByteTokenizer().decode
+    assert [decode(row) for row in batch.past.tolist()] == ["hi", "01", "012", "234", "9a", "abc"]
+    assert batch.past[1].tolist() == [BOS, ord("0"), ord("1")]
+    # Of a corpus that is not much longer, no part of the window itself.
+    for n in range(1, 22):
+        data = LMDataset(text[:n], 4, recent_len=99)
+        past = data.windows(np.array([0])).past
+        assert past is not None and past.shape[1] == max(0, n - 5)
+
+
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     data = LMDataset(ring(bytes(range(48, 120)) + b"\n"), 8)
 

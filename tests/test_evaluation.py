@@ -33,13 +33,17 @@ def bits_one_by_one(model: HRMModel, text: str) -> float:
         plan, _ = model.planner(
             torch.tensor([[BOS, *as_input[1 + max(0, first - max_len) : 1 + first]]])
         )
-        logits = model.executor(torch.tensor([as_input[start : i + 1]]), plan)[0, -1]
+        past = torch.tensor([as_input[max(0, start - model.config.recent_len) : start]])
+        window = torch.tensor([as_input[start : i + 1]])
+        logits = model.executor(window, plan, past=past.long())[0, -1]
         bits -= logits.log_softmax(-1)[EOS if byte == 10 else byte].item() / math.log(2)
     return bits / len(data)
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"positions": "learned", "gumbel": False}, {"memory": True}], ids=str
+    "kind",
+    [{}, {"positions": "learned", "gumbel": False}, {"memory": True}, {"recent_len": 37}],
+    ids=str,
 )
 @pytest.mark.parametrize("text", ["a\n", TEXT[:31] + "\n", TEXT])
 def test_a_text_scores_as_one_byte_at_a_time(kind: dict[str, object], text: str) -> None:

@@ -22,6 +22,7 @@ KINDS = [
     {"ngram_max": 7},
     {"count_max": 0},
     {"count_max": 5},
+    {"recent_len": 20},
     {"gumbel": False},
     {"gumbel_hard": True, "n_plan_groups": 2},
     {"memory": True},

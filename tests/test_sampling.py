@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import KINDS
@@ -43,16 +43,16 @@ def test_cached_writing_equals_uncached(kind: dict[str, object], mode: str) -> N
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_cached_logits_equal_those_of_the_window_alone(kind: dict[str, object]) -> None:
     model = random_model(**kind)
-    text = torch.randint(0, 256, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    text[:, 0] = BOS
+    text = tokens(2, LENGTH)
     memory = model.planner.read(text[:, :9]) if model.config.memory else None
     plan, _ = model.planner(text[:, :9])
     with torch.inference_mode():
         decoder = Decoder(model, plan, memory)
         for n in range(1, LENGTH):
             logits = decoder.next_logits(text[:, :n])
-            window = text[:, window_start(n, 32) : n]
-            plain = model.executor(window, plan, memory)[:, -1]
+            start = window_start(n, 32)
+            past = text[:, max(0, start - model.config.recent_len) : start]
+            plain = model.executor(text[:, start:n], plan, memory, past=past)[:, -1]
             torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
 
 

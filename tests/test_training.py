@@ -295,7 +295,7 @@ MODEL_FLAGS = {
     "d_model": 16, "n_heads": 4, "n_layers_enc": 2, "n_layers_dec": 1, "ff_mult": 2, "max_len": 16,
     "plan_dim": 8, "gumbel": False, "n_plan_codes": 5, "n_plan_groups": 2, "gumbel_hard": True,
     "gumbel_tau": 0.5, "ngram_max": 2, "ngram_bits": 5, "ngram_dropout": 0.0, "count_max": 5,
-    "dropout": 0.3, "positions": "learned", "qk_norm": False,
+    "recent_len": 7, "dropout": 0.3, "positions": "learned", "qk_norm": False,
 }  # fmt: skip
 TRAIN_FLAGS = {
     "steps": 3, "batch_size": 2, "grad_accum": 2, "lr": 1e-3, "optimizer": "adamw",

@@ -57,7 +57,7 @@ def main() -> None:
     model = HRMModel(config)
     if model.executor.counts is not None:
         model.executor.counts.count(stream)
-    data = LMDataset(stream, config.max_len)
+    data = LMDataset(stream, config.max_len, recent_len=config.recent_len)
     with tempfile.TemporaryDirectory() as folder:
         options = PretrainConfig(steps=10**6, out_dir=folder)
         trainer = Trainer(
