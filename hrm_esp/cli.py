@@ -44,6 +44,7 @@ examples:
 examples:
   hrm-esp finetune data.tsv
   hrm-esp finetune data.tsv --ckpt checkpoints/pretrain_last.pt --minutes 15
+  hrm-esp finetune data.tsv --from_scratch --size tiny
   hrm-esp finetune data.tsv --context plan --no_gumbel
 """,
     "generate": """\
@@ -160,6 +161,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"where to start (default: the pretrain run in {DEFAULT_DIR})",
     )
+    groups["model"].add_argument(
+        "--from_scratch", action="store_true", help="start with a new model of --size instead"
+    )
+    groups["model"].add_argument("--size", choices=SIZES, help="of the new model (default: small)")
     add_fields(groups, FinetuneConfig)
     add_device(groups["run"])
 
@@ -193,6 +198,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch_size", type=int, default=16, help="windows scored together (default: 16)"
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object")
+    evaluate.add_argument(
+        "--predictions", metavar="FILE", help="write prompt, target and answer of each row here"
+    )
     add_device(evaluate)
     return parser
 
@@ -270,14 +278,22 @@ def run_pretrain(args: argparse.Namespace) -> None:
 
 def run_finetune(args: argparse.Namespace) -> None:
     options = from_args(FinetuneConfig, args)
+    if args.from_scratch and args.ckpt:
+        raise HRMError("give --ckpt or --from_scratch, not both")
+    if args.size and not args.from_scratch:
+        raise HRMError("--size is of a new model: give --from_scratch with it, or neither")
 
     from .checkpoint import find_checkpoint
     from .device import choose_device
     from .training import train_ft
 
     device = choose_device(args.device, args.cpu)
-    checkpoint = args.ckpt or find_checkpoint(DEFAULT_DIR, ("pretrain",))
-    report(train_ft(args.tsv or NUMBERS, checkpoint, options, val=args.val, device=device))
+    start = args.ckpt
+    if args.from_scratch:
+        start = from_args(HRMConfig, args, **SIZES[args.size or "small"])
+    elif start is None:
+        start = find_checkpoint(DEFAULT_DIR, ("pretrain",))
+    report(train_ft(args.tsv or NUMBERS, start, options, val=args.val, device=device))
 
 
 def report(result: TrainResult) -> None:
@@ -329,5 +345,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
         precision=args.precision,
         batch_size=args.batch_size,
         show_progress=True,
+        predictions=args.predictions,
     )
     print(json.dumps(asdict(score)) if args.json else score)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from .data import (
     load_stream,
 )
 from .device import autocast, choose_precision
+from .errors import HRMError
 from .model import HRMModel
 from .progress import scoring_bar
 from .sampling import answer_batch, window_start
@@ -41,12 +44,16 @@ class TextScore:
         return f"{self.bits_per_byte:.3f} bits per byte over {self.n:,} bytes"
 
 
+Interval = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class PairScore:
     """``n`` rows with a target, answered greedily, and the bits per target byte of all rows, ends
     included.
 
-    Error rates are edits per character and per word of the targets (Levenshtein). All three are
+    Error rates are edits per character and per word of the targets (Levenshtein). Beside each
+    figure its 95% confidence interval, by bootstrap over rows (Efron 1979). All but the bits are
     ``None`` where no row has a target.
     """
 
@@ -55,24 +62,43 @@ class PairScore:
     word_error_rate: float | None
     bits_per_byte: float
     n: int
+    exact_match_interval: Interval | None
+    char_error_rate_interval: Interval | None
+    word_error_rate_interval: Interval | None
+    bits_per_byte_interval: Interval
 
     def __str__(self) -> str:
-        bits = f"{self.bits_per_byte:.3f} bits per target byte"
+        low, high = self.bits_per_byte_interval
+        bits = f"{self.bits_per_byte:.3f} ({low:.3f} to {high:.3f}) bits per target byte"
         if self.exact_match is None:
             return bits
+
+        def share(value: float | None, interval: Interval | None) -> str:
+            assert value is not None and interval is not None
+            return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
+
         return (
-            f"exact match {self.exact_match:.1%}, character errors {self.char_error_rate:.1%}, "
-            f"word errors {self.word_error_rate:.1%} over {self.n:,} rows, {bits}"
+            f"exact match {share(self.exact_match, self.exact_match_interval)}, "
+            f"character errors {share(self.char_error_rate, self.char_error_rate_interval)}, "
+            f"word errors {share(self.word_error_rate, self.word_error_rate_interval)} "
+            f"over {self.n:,} rows, {bits}"
         )
 
 
+class Answer(NamedTuple):
+    """A pair and what the model answered."""
+
+    pair: Pair
+    text: str
+
+
 @torch.inference_mode()
-def sum_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> float:
-    """The bits that a batch's targets cost."""
+def row_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> np.ndarray:
+    """The bits that the targets of each row of a batch cost, (B,)."""
     batch = batch.to(model.device)
     with autocast(model.device, dtype):
         nats, _, _ = model.nats(*batch)
-    return nats.item() / math.log(2)
+    return nats.double().cpu().numpy() / math.log(2)
 
 
 def scoring_windows(
@@ -124,7 +150,7 @@ def score_stream(
         *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size)),
     ]:
         batch = scoring_windows(stream, max_len, group, model.config.recent_len)
-        bits += sum_bits(model, batch, dtype)
+        bits += float(row_bits(model, batch, dtype).sum())
         if progress is not None:
             progress(int((batch.y_out != PAD).sum()))
     model.train(training)
@@ -133,17 +159,40 @@ def score_stream(
 
 def pair_bits(
     model: HRMModel, data: TSVDataset, dtype: torch.dtype = torch.float32, batch_size: int = 8
-) -> float:
-    """Bits per target token of all rows, the end of each target included."""
+) -> np.ndarray:
+    """The bits of each row's target and its tokens, the end included: (rows, 2), in any order."""
     training = model.training
     model.eval()
-    bits, n = 0.0, 0
+    rows = []
     for pairs in data.groups(batch_size, np.arange(len(data))):
         batch = data.collate(pairs)
-        bits += sum_bits(model, batch, dtype)
-        n += int((batch.y_out != PAD).sum())
+        tokens = (batch.y_out != PAD).sum(1).numpy()
+        rows.append(np.stack((row_bits(model, batch, dtype), tokens), axis=1))
     model.train(training)
-    return bits / n
+    return np.concatenate(rows)
+
+
+def answers(
+    model: HRMModel, data: TSVDataset, batch_size: int = 64, progress: Progress | None = None
+) -> list[Answer]:
+    """The greedy answers to the rows with a target, in their order; of one that is too long to be
+    right, the beginning."""
+    training = model.training
+    model.eval()
+    places = [i for i, p in enumerate(data) if not p.lm]
+    places.sort(key=lambda i: (len(data[i].target), len(data[i].prompt)))
+    found: dict[int, Answer] = {}
+    for begin in range(0, len(places), batch_size):
+        group = places[begin : begin + batch_size]
+        pairs = [data[i] for i in group]
+        # 4 bytes more than are read: what no longer fits would depend on the batch.
+        texts = answer_batch(model, [p.prompt for p in pairs], enough(pairs[-1]) + 4)
+        for i, pair, text in zip(group, pairs, texts, strict=True):
+            found[i] = Answer(pair, cut(text.encode(), enough(pair)).decode())
+        if progress is not None:
+            progress(len(group))
+    model.train(training)
+    return [found[i] for i in sorted(found)]
 
 
 def score_pairs(
@@ -152,29 +201,52 @@ def score_pairs(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
     progress: Progress | None = None,
+    predictions: list[Answer] | None = None,
 ) -> PairScore:
-    """Scores pairs. Rows without a target have no answer: they count in the bits alone."""
-    training = model.training
-    model.eval()
-    rows = sorted((p for p in data if not p.lm), key=lambda p: len(p.target))
-    exact = char_edits = word_edits = chars = words = 0
-    for i in range(0, len(rows), batch_size):
-        group = rows[i : i + batch_size]
-        # 4 bytes more than are read: what no longer fits would depend on the batch.
-        answers = answer_batch(model, [p.prompt for p in group], enough(group[-1]) + 4)
-        for pair, text in zip(group, answers, strict=True):
-            answer, target = cut(text.encode(), enough(pair)).decode(), pair.target.decode()
-            exact += answer == target
-            chars, words = chars + len(target), words + len(target.split())
-            char_edits += edit_distance(answer, target)
-            word_edits += edit_distance(answer.split(), target.split())
-        if progress is not None:
-            progress(len(group))
-    model.train(training)
-    bits, n = pair_bits(model, data, dtype), len(rows)
-    if not n:
-        return PairScore(None, None, None, bits, 0)
-    return PairScore(exact / n, char_edits / chars, word_edits / max(1, words), bits, n)
+    """Scores pairs. Rows without a target have no answer: they count in the bits alone.
+
+    Args:
+        predictions: a list, to which the answers are added.
+    """
+    given = answers(model, data, batch_size, progress)
+    if predictions is not None:
+        predictions += given
+    bits, bits_interval = ratio(pair_bits(model, data, dtype))
+    if not given:
+        return PairScore(None, None, None, bits, 0, None, None, None, bits_interval)
+    exact, chars, words = [], [], []
+    for pair, text in given:
+        target = pair.target.decode()
+        exact.append((text == target, 1))
+        chars.append((edit_distance(text, target), len(target)))
+        words.append((edit_distance(text.split(), target.split()), len(target.split())))
+    (match, match_interval), (char_rate, char_interval), (word_rate, word_interval) = (
+        ratio(np.array(rows)) for rows in (exact, chars, words)
+    )
+    return PairScore(
+        match,
+        char_rate,
+        word_rate,
+        bits,
+        len(given),
+        match_interval,
+        char_interval,
+        word_interval,
+        bits_interval,
+    )
+
+
+def ratio(rows: np.ndarray, samples: int = 1000) -> tuple[float, Interval]:
+    """The sum of the first column over that of the second, rows (N, 2), and its 95% confidence
+    interval: percentiles over ``samples`` draws of N rows with replacement."""
+    random = np.random.default_rng(0)
+    rows, draws = rows.astype(float), np.empty(samples)
+    for i in range(samples):
+        above, below = rows[random.integers(len(rows), size=len(rows))].sum(0)
+        draws[i] = above / max(1.0, below)
+    above, below = rows.sum(0)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(above / max(1.0, below)), (float(low), float(high))
 
 
 def enough(pair: Pair) -> int:
@@ -202,17 +274,31 @@ def evaluate(
     precision: str = "auto",
     batch_size: int = 16,
     show_progress: bool = False,
+    predictions: PathLike | None = None,
 ) -> TextScore | PairScore:
     """Scores a file: pairs if its name ends in ``.tsv`` or ``.tsv.gz``, else text.
 
+    Args:
+        predictions: a file to write prompt, target and answer of each pair to, between tabs.
+
     Raises:
-        HRMError: a file that cannot be read, or holds nothing.
+        HRMError: a file that cannot be read, or holds nothing; predictions of a text.
     """
     dtype = choose_precision(model.device, precision)
     if str(path).endswith((".tsv", ".tsv.gz")):
         data = dataset_tsv(path, model.config.max_len, encoding=encoding)
+        given: list[Answer] = []
         with scoring_bar(len(data), "row", show_progress) as bar:
-            return score_pairs(model, data, dtype, 4 * batch_size, bar.update)
+            score = score_pairs(model, data, dtype, 4 * batch_size, bar.update, given)
+        if predictions is not None:
+            with open(predictions, "w", encoding="utf-8", newline="\n") as file:
+                for pair, answer in given:
+                    # A tab or a line break in an answer would look like the next column or row.
+                    columns = pair.prompt.decode(), pair.target.decode(), answer
+                    file.write("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in columns) + "\n")
+        return score
+    if predictions is not None:
+        raise HRMError(f"{path} is not a .tsv: there are no predictions to write")
     text = load_stream([path], encoding)
     with scoring_bar(len(text), "B", show_progress) as bar:
         return score_stream(model, text, dtype, batch_size, bar.update)

@@ -233,8 +233,8 @@ class Executor(nn.Module):
         counted: Tensor | None = None,
         past: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the targets ``y_out`` (B, T) cost, summed, in nats, and what they would cost without
-        the counts: two scalars. PAD costs nothing.
+        """What the targets ``y_out`` (B, T) of each row cost in nats, and what they would cost
+        without the counts, both (B,). PAD costs nothing.
 
         Args:
             y_in, plan_vec, memory, past: as in `forward`.
@@ -248,9 +248,9 @@ class Executor(nn.Module):
             reduction="none",
         ).view(y_out.shape)
         if self.counts is None:
-            return alone.sum(), alone.sum()
+            return alone.sum(1), alone.sum(1)
         p = self.counts.probability((-alone).exp(), states, y_in, y_out, counted, past)
-        return -torch.where(y_out != PAD, p, 1.0).log().sum(), alone.sum()
+        return -torch.where(y_out != PAD, p, 1.0).log().sum(1), alone.sum(1)
 
     def read(
         self,
@@ -311,7 +311,7 @@ class HRMModel(nn.Module):
         taught: Tensor | None = None,
         past: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the targets cost with and without the counts (see `Executor.nats`), two scalars, and
+        """What the targets cost with and without the counts (see `Executor.nats`), both (B,), and
         the codebook logits. Other arguments as in `forward`.
 
         Args:

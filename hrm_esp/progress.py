@@ -72,6 +72,8 @@ class Meter:
         parts += [] if state.val_bpb is None else [f"val {state.val_bpb:.3f}"]
         speed = (state.bytes_seen - self.bytes_then) / (now - self.since)
         text = f"{' '.join(parts)} bits/byte, {speed:,.0f} B/s"
+        if state.val_errors is not None:
+            text += f", {1 - state.val_errors:.1%} right"
         if self.usage is not None:
             text += f", {perplexity(self.usage):.1f} codes"
         if self.on_terminal:

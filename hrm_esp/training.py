@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,6 @@ from .errors import HRMError
 from .evaluation import (
     PairScore,
     TextScore,
-    pair_bits,
     score_pairs,
     score_stream,
 )
@@ -87,10 +86,19 @@ class RunState:
     scored: int = 0  # of N_SCORES
     scoring: float = 0.0  # seconds
     val_bpb: float | None = None
+    val_errors: float | None = None
     best_bpb: float | None = None
+    best_errors: float | None = None
     worse: int = 0  # scorings clearly worse than the best, since that
     length: float = 1.0  # of what was asked for: less once the run is past its best
     skipped: int = 0
+
+
+class Score(NamedTuple):
+    """Of some held-out data; the less, the better, the first first."""
+
+    errors: float | None  # the share of the answers that are not right; of text none
+    bpb: float
 
 
 @dataclass(frozen=True)
@@ -147,8 +155,8 @@ def train_lm(
     model.to(device)
     dtype = choose_precision(device, options.precision)
 
-    def score_some(model: HRMModel) -> float:
-        return score_stream(model, held_out[:SCORED_OFTEN], dtype).bits_per_byte
+    def score_some(model: HRMModel) -> Score:
+        return Score(None, score_stream(model, held_out[:SCORED_OFTEN], dtype).bits_per_byte)
 
     def score_all(model: HRMModel) -> TextScore:
         text = held_out[:SCORED_LAST]
@@ -170,15 +178,16 @@ def train_lm(
 
 def train_ft(
     tsv: PathLike,
-    checkpoint: PathLike,
+    start: PathLike | HRMConfig,
     options: FinetuneConfig | None = None,
     *,
     val: PathLike | None = None,
     device: torch.device | None = None,
 ) -> TrainResult:
-    """Finetunes a checkpoint on ``prompt TAB target`` rows: cross-entropy on the targets.
+    """Finetunes on ``prompt TAB target`` rows: cross-entropy on the targets.
 
     Args:
+        start: a checkpoint, or the config of a new model.
         val: a TSV to score on; by default ``options.val_fraction`` of the rows, drawn by seed.
 
     Raises:
@@ -188,10 +197,15 @@ def train_ft(
     options = options or FinetuneConfig()
     device = device or choose_device()
     check_folder(options, "finetune")
-    start = load_checkpoint(checkpoint)
-    data = dataset_tsv(tsv, start.config.max_len, encoding=options.encoding)
+    torch.manual_seed(options.seed)
+    if isinstance(start, HRMConfig):
+        checkpoint = Checkpoint(start, HRMModel(start).state_dict(), "pretrain")
+    else:
+        checkpoint = load_checkpoint(start)
+    max_len = checkpoint.config.max_len
+    data = dataset_tsv(tsv, max_len, encoding=options.encoding)
     if val is not None:
-        held_out = dataset_tsv(val, start.config.max_len, encoding=options.encoding)
+        held_out = dataset_tsv(val, max_len, encoding=options.encoding)
         scored = set(held_out.pairs)
         data = TSVDataset([p for p in data if p not in scored], data.max_len)
         held_out, _ = split_pairs(held_out, 0.0, options.seed)  # shuffled: the first are scored
@@ -199,12 +213,21 @@ def train_ft(
         data, held_out = split_pairs(data, options.val_fraction, options.seed)
     if not len(data):
         raise HRMError("nothing is left to train on: give another --val or --val_fraction")
-    torch.manual_seed(options.seed)
-    model = model_to_finetune(start, options).to(device)
+    model = model_to_finetune(checkpoint, options).to(device)
+    if model.config.gumbel and options.context == "plan":
+        bits = model.config.n_plan_groups * math.log2(model.config.n_plan_codes)
+        print(
+            f"warning: with a codebook and --context plan the Executor learns at most {bits:.3g} "
+            "bits of each prompt: give --no_gumbel for a plan that holds more",
+            file=sys.stderr,
+        )
     dtype = choose_precision(device, options.precision)
 
-    def score_some(model: HRMModel) -> float:
-        return pair_bits(model, TSVDataset(held_out.pairs[:ROWS_OFTEN], held_out.max_len), dtype)
+    def score_some(model: HRMModel) -> Score:
+        rows = TSVDataset(held_out.pairs[:ROWS_OFTEN], held_out.max_len)
+        score = score_pairs(model, rows, dtype)
+        errors = None if score.exact_match is None else 1 - score.exact_match
+        return Score(errors, score.bits_per_byte)
 
     def score_all(model: HRMModel) -> PairScore:
         rows = TSVDataset(held_out.pairs[:ROWS_LAST], held_out.max_len)
@@ -312,7 +335,7 @@ class Trainer:
     Args:
         stage: ``pretrain`` or ``finetune``; the files are named after it.
         data_id: tells whether a run to be resumed had the same data.
-        score: bits per byte of some held-out data; ``None`` if nothing is held out.
+        score: scores some held-out data; ``None`` if nothing is held out.
     """
 
     def __init__(
@@ -323,7 +346,7 @@ class Trainer:
         *,
         stage: str,
         data_id: str,
-        score: Callable[[HRMModel], float] | None,
+        score: Callable[[HRMModel], Score] | None,
     ) -> None:
         self.model, self.data, self.options, self.stage = model, data, options, stage
         self.score_some = score
@@ -485,9 +508,9 @@ class Trainer:
             batch = batch.to(self.device)
             with autocast(self.device, self.dtype):
                 mixed, alone, codes = self.model.nats(*batch)
-            nats += mixed.item()
+            nats += mixed.sum().item()
             # Alone, too, the network is to foretell all: else it learns the counts' leavings only.
-            loss = (mixed + alone) / n_tokens
+            loss = (mixed + alone).sum() / n_tokens
             if codes is not None:
                 codes = codes.unflatten(-1, (self.model.config.n_plan_groups, -1))
                 chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()
@@ -536,10 +559,12 @@ class Trainer:
         if self.score_some is None:
             return
         state, start = self.state, time.perf_counter()
-        state.val_bpb = self.score_some(self.model)
+        score = self.score_some(self.model)
         state.scoring += time.perf_counter() - start
-        if state.best_bpb is None or state.val_bpb < state.best_bpb:
-            state.best_bpb, state.worse = state.val_bpb, 0
+        state.val_errors, state.val_bpb = score
+        best = (state.best_errors or 0.0, state.best_bpb or math.inf)
+        if (score.errors or 0.0, score.bpb) < best or state.best_bpb is None:
+            state.best_errors, state.best_bpb, state.worse = *score, 0
             self.save("best")
         elif state.val_bpb > WORSE * state.best_bpb:
             state.worse += 1

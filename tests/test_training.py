@@ -2,6 +2,7 @@ import math
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, PAIRS, TEXT, random_model
@@ -20,6 +21,7 @@ from hrm_esp.optim import (
 )
 from hrm_esp.training import (
     Interrupted,
+    Score,
     codebook_penalty,
     model_to_finetune,
     train_ft,
@@ -343,6 +345,34 @@ def test_a_run_past_its_best_ends_early_and_keeps_it(
     last = load_checkpoint(runs[1].last)
     assert best.val_bpb is not None and last.val_bpb is not None
     assert best.val_bpb <= last.val_bpb
+
+
+def test_the_best_is_that_with_the_most_right_answers(corpus: Path, tmp_path: Path) -> None:
+    scores = [Score(0.5, 1.0), Score(0.4, 2.0), Score(0.4, 1.5), Score(0.6, 0.5), Score(0.5, 0.4)]
+    given = iter([*scores, *[Score(0.9, 0.1)] * 4])
+    model = random_model()
+    trainer = training.Trainer(
+        model,
+        LMDataset(np.frombuffer(TEXT.encode(), dtype=np.uint8), CONFIG.max_len),
+        options(tmp_path / "run", steps=32),
+        stage="pretrain",
+        data_id="",
+        score=lambda _: next(given),
+    )
+    trainer.run()
+    best = load_checkpoint(trainer.path("best"))
+    assert best.val_bpb == 1.5 and best.step == 12
+
+
+def test_a_codebook_alone_is_warned_about(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for gumbel in (True, False):
+        given = FinetuneConfig(steps=1, out_dir=str(tmp_path / str(gumbel)), context="plan",
+                               gumbel=gumbel)  # fmt: skip
+        train_ft(tmp_path / "pairs.tsv", CONFIG, given)
+        said = capsys.readouterr().err
+        assert ("--no_gumbel" in said) == gumbel and ("3 bits" in said) == gumbel
 
 
 def test_minutes_are_kept(corpus: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def main() -> None:
     def loss() -> torch.Tensor:
         with autocast(peer.device, trainer.dtype):
             mixed, alone, _ = model.nats(*batch.to(peer.device))
-        return (mixed + alone) / n
+        return (mixed + alone).sum() / n
 
     def forward_backward() -> None:
         loss().backward()
