@@ -390,6 +390,12 @@ def encode_prompt(prompt: str, max_len: int) -> bytes:
     return cut(to_bytes(re.sub("[\r\n]+", " ", prompt)), max_len)
 
 
+def prompt_ids(prompt: bytes) -> list[int]:
+    """A prompt to be answered, as the Planner reads it. Its end is a token: without it, what is not
+    there any more would have to be noticed, and ``73`` is easily read as ``733``."""
+    return [BOS, *prompt, EOS]
+
+
 class TSVDataset(Sequence[Pair]):
     """Prompt and target pairs, for finetuning."""
 
@@ -404,7 +410,7 @@ class TSVDataset(Sequence[Pair]):
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
         """Pairs as a batch. A row without a target is read by the Planner as an empty prompt."""
-        prompts = [[BOS, *(b"" if p.lm else p.prompt)] for p in pairs]
+        prompts = [[BOS] if p.lm else prompt_ids(p.prompt) for p in pairs]
         targets = [[BOS, *p.target, EOS][: self.max_len + 1] for p in pairs]
         return Batch(
             pad(prompts),
@@ -425,11 +431,11 @@ class TSVDataset(Sequence[Pair]):
             group: list[Pair] = []
             widest_prompt = widest_target = 0
             for pair in pool:
-                prompt = max(widest_prompt, len(pair.prompt) + 1)
+                prompt = max(widest_prompt, len(pair.prompt) + 2)
                 target = max(widest_target, len(pair.target) + 1)
                 if group and (len(group) + 1) * (prompt + target) > budget:
                     batches.append(group)
-                    group, prompt, target = [], len(pair.prompt) + 1, len(pair.target) + 1
+                    group, prompt, target = [], len(pair.prompt) + 2, len(pair.target) + 1
                 group.append(pair)
                 widest_prompt, widest_target = prompt, target
             batches.append(group)

@@ -32,7 +32,7 @@ class Positions(nn.Module):
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
-        self.capacity = config.max_len + 1  # PLAN or BOS, and max_len bytes
+        self.capacity = config.max_len + 2  # max_len bytes, and in a prompt BOS and EOS
         rotary = config.positions == "rotary"
         self.rotary = Rotary(config.head_dim, self.capacity) if rotary else None
         self.learned = None if rotary else nn.Embedding(self.capacity, config.d_model)

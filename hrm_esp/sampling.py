@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import as_inputs, encode_prompt, pad, to_bytes
+from .data import as_inputs, encode_prompt, pad, prompt_ids, to_bytes
 from .errors import HRMError
 from .layers import Memory
 from .model import ExecutorCache, HRMModel
@@ -257,8 +257,8 @@ def _stream(
 def answer_decoder(model: HRMModel, prompts: Sequence[bytes], use_cache: bool = True) -> Decoder:
     """A decoder that answers each prompt from BOS, with its plan and, if the model reads it, its
     memory."""
-    prompt_ids = pad([[BOS, *p] for p in prompts]).to(model.device)
-    states = model.planner.read(prompt_ids)
+    ids = pad([prompt_ids(p) for p in prompts]).to(model.device)
+    states = model.planner.read(ids)
     plan, _ = model.planner.plan(states)
     return Decoder(model, plan, states if model.config.memory else None, use_cache)
 
