@@ -47,7 +47,7 @@ def choose_precision(device: torch.device, precision: str = "auto") -> torch.dty
 
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed for what comes next. It gives large blocks back to the system
-    otherwise, and each step of a training pays for fresh pages: 6% of the time, and more."""
+    otherwise, and each step of a training pays for fresh pages."""
     trim_threshold, mmap_max = -1, -4  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt

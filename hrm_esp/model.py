@@ -30,9 +30,10 @@ from .tokenizer import PAD, PLAN, VOCAB_SIZE
 class Positions(nn.Module):
     """Where a token stands: angles for the blocks (rotary) or a vector added to it (learned)."""
 
-    def __init__(self, config: HRMConfig) -> None:
+    def __init__(self, config: HRMConfig, special: int) -> None:
+        """``special``: tokens that come with ``max_len`` bytes."""
         super().__init__()
-        self.capacity = config.max_len + 2  # max_len bytes, and in a prompt BOS and EOS
+        self.capacity = config.max_len + special
         rotary = config.positions == "rotary"
         self.rotary = Rotary(config.head_dim, self.capacity) if rotary else None
         self.learned = None if rotary else nn.Embedding(self.capacity, config.d_model)
@@ -110,7 +111,7 @@ class Planner(nn.Module):
     def __init__(self, config: HRMConfig, tok_emb: TokenEmbedding | None = None) -> None:
         super().__init__()
         self.tok_emb = tok_emb or TokenEmbedding(config)
-        self.positions = Positions(config)
+        self.positions = Positions(config, 2)  # BOS and EOS
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layers_enc))
         self.norm = RMSNorm(config.d_model)
         self.to_plan = linear(config.d_model, config.plan_dim)
@@ -191,7 +192,7 @@ class Executor(nn.Module):
     def __init__(self, config: HRMConfig, tok_emb: TokenEmbedding | None = None) -> None:
         super().__init__()
         self.tok_emb = tok_emb or TokenEmbedding(config)
-        self.positions = Positions(config)
+        self.positions = Positions(config, 1)  # PLAN
         self.from_plan = linear(config.plan_dim, config.d_model)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers_dec))
         self.norm = RMSNorm(config.d_model)

@@ -63,10 +63,10 @@ def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optim
         by_muon, by_adamw = [executor], [planner, rest]
     else:
         by_muon, by_adamw = [planner, executor], [rest]
-    optimizers: list[Optimizer] = [AdamW(by_adamw, betas=BETAS, fused=True)]
+    optimizers: list[Optimizer] = []
     if by_muon:
-        muon = Muon(by_muon, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        optimizers += [Muon(by_muon, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")]
+    optimizers += [AdamW(by_adamw, betas=BETAS, fused=True)]
     if parameters.tables and parameters.tables[0].device.type == "mps":
         optimizers += [AdamW([tables], betas=BETAS, weight_decay=0.0)]
     elif parameters.tables:

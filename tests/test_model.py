@@ -249,7 +249,7 @@ def test_dropout_acts_in_training_only() -> None:
 def test_too_many_positions_are_refused() -> None:
     model = random_model()
     with pytest.raises(ValueError, match="positions"):
-        model(tokens(1, 9), tokens(1, CONFIG.max_len + 2))
+        model(tokens(1, 9), tokens(1, CONFIG.max_len + 1))
 
 
 @pytest.mark.parametrize(
