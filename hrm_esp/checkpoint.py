@@ -18,7 +18,7 @@ from .data import PathLike
 from .errors import HRMError
 from .model import HRMModel
 
-FORMAT = 1
+FORMAT = 2
 STAGES = ("pretrain", "finetune")
 
 
@@ -89,7 +89,7 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
     """Reads a checkpoint, onto the CPU, after verifying its checksums.
 
     Raises:
-        HRMError: missing, a folder, damaged, not written by hrm-esp, or by a newer one.
+        HRMError: missing, a folder, damaged, not written by hrm-esp, or by another version of it.
     """
     path = Path(path)
     if path.is_dir():
@@ -114,8 +114,11 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
     if not isinstance(content, dict) or content.pop("project", None) != "hrm-esp":
         raise foreign
     try:
-        if content.pop("format") > FORMAT:
+        found = content.pop("format")
+        if found > FORMAT:
             raise HRMError(f"{path} was written by a newer hrm-esp: pip install -U hrm-esp")
+        if found < FORMAT:
+            raise HRMError(f"{path} was written by an older hrm-esp: train it again")
         content["config"] = HRMConfig(**content["config"])
         return Checkpoint(**content)
     except (TypeError, KeyError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 from .errors import HRMError
 
 DEFAULT_DIR = "checkpoints"
+RECENT_ORDERS = (4, 6, 10)  # of the n-grams counted in what was read last
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"d_model": 128, "n_heads": 4, "n_layers_enc": 1, "n_layers_dec": 3},
@@ -93,11 +94,15 @@ class HRMConfig:
     count_max: int = option(
         16,
         "model",
-        "length of the longest n-grams counted in the training text; under 4 is none",
+        "length of the longest n-grams counted, in the training text and in what was read last; "
+        "under 4 is none",
         low=0,
     )
     recent_len: int = option(
-        4096, "model", "bytes before max_len whose n-grams are counted as the Executor reads", low=0
+        4096,
+        "model",
+        "bytes before the window whose n-grams are counted, too, as the Executor reads",
+        low=0,
     )
     dropout: float = option(
         0.0, "model", "share of activations dropped in training", low=0, below=1
@@ -126,6 +131,16 @@ class HRMConfig:
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
 
+    @property
+    def counts(self) -> bool:
+        """Whether n-grams are counted at all."""
+        return self.count_max >= RECENT_ORDERS[0]
+
+    @property
+    def past_len(self) -> int:
+        """Bytes before the window that are of any use."""
+        return self.recent_len if self.counts else 0
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -146,7 +161,8 @@ class TrainConfig:
     optimizer: str = option(
         "muon",
         "training",
-        "muon: Muon for the matrices in the blocks, AdamW for the rest; adamw: AdamW for all",
+        "muon: Muon for the matrices in the blocks (in pretraining, the Executor's), AdamW for the "
+        "rest; adamw: AdamW for all",
         choices=("muon", "adamw"),
     )
     weight_decay: float = option(

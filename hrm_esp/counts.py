@@ -16,15 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import HRMConfig
+from .config import RECENT_ORDERS, HRMConfig
 from .data import PIECE, Stream, as_inputs, as_targets, counted_pieces
 from .layers import ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)  # of the table
-RECENT_ORDERS = (4, 6, 10)  # of what was read last
 TOKEN_BITS = 9
-SURE = 1 - 2**-12  # the largest weight of a count: what was never seen stays possible
+SURE = 1 - 2**-12  # the largest share of the counts: what was never seen stays possible
 
 
 class Met(NamedTuple):
@@ -64,8 +63,10 @@ class NgramCounts(nn.Module):
         self.register_buffer("cumulative", torch.zeros(2, dtype=torch.int32))
         orders = self.orders + self.recent_orders
         n = len(orders)
-        self.by_length = sorted(range(n), key=orders.__getitem__)  # as they are mixed ...
-        self.by_kind = sorted(range(n), key=self.by_length.__getitem__)  # ... and back
+        self.recent_len = config.recent_len
+        # The places of all orders, both kinds together, by rising order; and the way back.
+        self.by_length = sorted(range(n), key=orders.__getitem__)
+        self.by_kind = sorted(range(n), key=self.by_length.__getitem__)
         self.by_count = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(n, 1))
         self.by_state = nn.Linear(config.d_model, n, bias=False)
         nn.init.zeros_(self.by_state.weight)
@@ -107,8 +108,8 @@ class NgramCounts(nn.Module):
         states: Tensor,
         ids: Tensor,
         targets: Tensor,
-        counted: Tensor | None = None,
         past: Tensor | None = None,
+        leave_out: bool = False,
     ) -> Tensor:
         """The probability of each target, (B, T).
 
@@ -117,14 +118,16 @@ class NgramCounts(nn.Module):
             states: (B, T, D), the network's.
             ids: (B, T), the window read.
             targets: (B, T), what came next; PAD where it does not matter.
-            counted: (B,) bool, the windows that are part of the text counted. They are taken out
-                of it, so that what the table knows of them is what it knows of any other.
             past: (B, R), the text before the window; none by default.
+            leave_out: take windows that are part of the text counted out of it, so that what the
+                table knows of them is what it knows of any other; the past stays in, as without
+                it no better was learned. For training alone: a window's targets tell whether it
+                is part of that text.
         """
-        past = ids[:, :0] if past is None else past
+        past = self._nearest(ids[:, :0] if past is None else past)
         follower = torch.where(targets == PAD, following(ids), targets)
         met = (
-            self._met_in_table(ids, follower, counted, past),
+            self._met_in_table(ids, follower, past, leave_out),
             self._met_recently(ids, follower, past),
         )
         times, distinct, hits = (
@@ -144,8 +147,8 @@ class NgramCounts(nn.Module):
             recent: the tokens before; takes ``ids`` in.
             past: (B, R), tokens to be taken in before those, if any.
         """
-        if past is not None and past.shape[1]:
-            recent.read(past, self)
+        if past is not None and self._nearest(past).shape[1]:
+            recent.read(self._nearest(past), self)
         digest, complete = recent.read(ids, self)
         n = len(self.orders)
         begin, end = self._ranges(digest[..., :n], complete[..., :n])
@@ -170,15 +173,17 @@ class NgramCounts(nn.Module):
         follower = following(recent.ids)[:, None, :-1].expand(same.shape[:3])
         return p.scatter_add(2, follower, (same * share[:, :, None, n:]).sum(-1)).log()
 
+    def _nearest(self, past: Tensor) -> Tensor:
+        """The last ``recent_len`` of past (B, R)."""
+        return past[:, max(0, past.shape[1] - self.recent_len) :]
+
     def _ranges(self, digest: Tensor, complete: Tensor) -> tuple[Tensor, Tensor]:
         """Where the table's entries of each context begin and end; all (B, T, N)."""
         begin = torch.searchsorted(self.entries, key(digest, 0))
         end = torch.searchsorted(self.entries, key(digest, 2**TOKEN_BITS - 1), right=True)
         return begin, torch.where(complete, end, begin)
 
-    def _met_in_table(
-        self, ids: Tensor, follower: Tensor, counted: Tensor | None, past: Tensor
-    ) -> Met:
+    def _met_in_table(self, ids: Tensor, follower: Tensor, past: Tensor, leave_out: bool) -> Met:
         """ids, follower: (B, T), past: (B, R)."""
         digest, complete = contexts(ids, self.orders, past)
         begin, end = self._ranges(digest, complete)
@@ -187,16 +192,29 @@ class NgramCounts(nn.Module):
         found = (self.entries[place] == pair) & (end > begin)
         hits = torch.where(found, self.cumulative[place + 1] - self.cumulative[place], 0)
         times, distinct = self.cumulative[end] - self.cumulative[begin], end - begin
-        if counted is not None:
+        if leave_out:
             by_context, by_pair = Runs(key(digest, 0)), Runs(pair)
             only_here = (by_pair.rank() == 0) & (hits == by_pair.size())
-            out = counted[:, None, None].long()
+            out = self._is_part(ids, follower, (times > 0) & (hits == 0)).long()
             times = (times - out * by_context.size()).clamp_(min=0)
             distinct = (distinct - out * by_context.total(only_here.long())).clamp_(min=0)
             hits = (hits - out * by_pair.size()).clamp_(min=0)
             # What is left of a context may be met once: then, too, it has no longer ones.
             times = torch.where(F.pad(times[..., :-1], (1, 0), value=2) > 1, times, 0)
         return Met(times, distinct, hits)
+
+    def _is_part(self, ids: Tensor, follower: Tensor, other: Tensor) -> Tensor:
+        """Which rows are part of the text counted, (B, 1, 1): each of their contexts was there
+        followed by the same token, too. Lines may begin and end elsewhere.
+
+        Args:
+            ids, follower: (B, T).
+            other: (B, T, N), which contexts were met, but never with this follower.
+        """
+        place = torch.arange(ids.shape[1], device=ids.device)
+        behind = place - torch.where(ids == BOS, place, -1).cummax(1).values  # in this line
+        inner = behind[..., None] >= torch.tensor(self.orders, device=ids.device)
+        return ~(other & inner & (follower != EOS)[..., None]).any(2, keepdim=True).any(1, True)
 
     def _met_recently(self, ids: Tensor, follower: Tensor, past: Tensor) -> Met:
         """ids, follower: (B, T), past: (B, R)."""
@@ -220,10 +238,10 @@ class NgramCounts(nn.Module):
             + self.by_count[:, 2]
             + self.by_state(states).float()
         )
-        weights = torch.where(times > 0, SURE * score.sigmoid(), 0.0)
+        weights = torch.where(times > 0, score.sigmoid(), 0.0)
         left = (1 - weights).flip(-1).cumprod(-1).flip(-1)  # by an order and all after it
-        shares = weights * F.pad(left[..., 1:], (0, 1), value=1.0)
-        return left[..., 0], shares
+        shares = SURE * weights * F.pad(left[..., 1:], (0, 1), value=1.0)
+        return 1 - SURE + SURE * left[..., 0], shares
 
 
 class Recent:
@@ -263,9 +281,9 @@ class Recent:
         """Which places before had the same context as each of the last n, (B, n, P - 1, N), and
         whether what followed there was new after it, (B, 1, P - 1, N)."""
         size = self.ids.shape[1]
-        past = torch.ones(n, size - 1, dtype=torch.bool, device=self.ids.device)
+        earlier = torch.ones(n, size - 1, dtype=torch.bool, device=self.ids.device)
         same = self.digest[:, size - n :, None] == self.digest[:, None, :-1]
-        return same & past.tril(size - n - 1)[..., None], self.is_new[:, None]
+        return same & earlier.tril(size - n - 1)[..., None], self.is_new[:, None]
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given rows of the batch."""

@@ -35,7 +35,7 @@ TRACE = 5e-4  # the share of undecodable bytes that is not worth a warning
 SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
 COUNTED = 2**23  # bytes whose n-grams are counted, at most: of a larger text, pieces from all of it
 PIECE = 2**16
-TAUGHT = 4  # of so many rows of text, the Planner's blocks learn from one: a sixth less work
+TAUGHT = 4  # the Planner's blocks learn from one row of text in so many: a step is a fifth faster
 HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
 
 Stream = np.ndarray  # uint8, (N,)
@@ -254,16 +254,14 @@ def as_targets(window: np.ndarray) -> np.ndarray:
 class Batch(NamedTuple):
     """One batch: the Planner's ``prompt_ids`` (B, S), the Executor's ``y_in`` (B, T), the tokens to
     predict ``y_out`` (B, T), PAD where there is nothing to predict, ``reads_memory`` (B,), the
-    rows that may attend to the prompt, ``counted`` (B,), those that are part of the text whose
-    n-grams were counted (``None``: no row), and ``taught`` (B,), those from which the Planner's
-    blocks learn (``None``: all). ``past`` (B, R) is the text before ``y_in``, PAD on the left, for
+    rows that may attend to the prompt, and ``taught`` (B,), those from which the Planner's blocks
+    learn (``None``: all). ``past`` (B, R) is what was read before ``y_in``, PAD on the left, for
     the counts alone (``None``: nothing)."""
 
     prompt_ids: Tensor
     y_in: Tensor
     y_out: Tensor
     reads_memory: Tensor | None = None
-    counted: Tensor | None = None
     taught: Tensor | None = None
     past: Tensor | None = None
 
@@ -294,7 +292,6 @@ class LMDataset(Sequence[Batch]):
         self.stream, self.max_len, self.planner_view = stream, max_len, planner_view
         # Of a ring smaller than that, nothing that is still to be predicted.
         self.recent_len = max(0, min(recent_len, len(stream) - max_len - 1))
-        self.pieces = counted_pieces(len(stream))
 
     def __len__(self) -> int:
         return math.ceil(len(self.stream) / self.max_len)
@@ -315,16 +312,12 @@ class LMDataset(Sequence[Batch]):
         y_in, y_out = as_inputs(ring[:, reach - 1 : -1]), as_targets(ring[:, reach:])
         read = as_inputs(ring[:, :reach] if self.planner_view == "previous" else ring[:, reach:])
         prompt_ids = np.concatenate((np.full((len(starts), 1), BOS), read), axis=1)
-        place = starts % len(self.stream)
-        piece = self.pieces[np.searchsorted(self.pieces, place, side="right") - 1]
-        places = np.arange(-1 - self.recent_len, -1)
-        before = self.stream[(starts[:, None] + places) % len(self.stream)]
-        batch = map(
-            torch.from_numpy,
-            (prompt_ids, y_in, y_out, place < piece + PIECE, as_inputs(before)),
+        earlier = np.arange(-1 - self.recent_len, -1)
+        before = self.stream[(starts[:, None] + earlier) % len(self.stream)]
+        prompts, inputs, targets, past = map(
+            torch.from_numpy, (prompt_ids, y_in, y_out, as_inputs(before))
         )
-        prompts, inputs, targets, counted, past = batch
-        return Batch(prompts, inputs, targets, counted=counted, past=past)
+        return Batch(prompts, inputs, targets, past=past)
 
     def batches(
         self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0
@@ -390,7 +383,7 @@ def encode_prompt(prompt: str, max_len: int) -> bytes:
     return cut(to_bytes(re.sub("[\r\n]+", " ", prompt)), max_len)
 
 
-def prompt_ids(prompt: bytes) -> list[int]:
+def prompt_tokens(prompt: bytes) -> list[int]:
     """A prompt to be answered, as the Planner reads it. Its end is a token: without it, what is not
     there any more would have to be noticed, and ``73`` is easily read as ``733``."""
     return [BOS, *prompt, EOS]
@@ -409,14 +402,15 @@ class TSVDataset(Sequence[Pair]):
         return self.pairs[index]
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
-        """Pairs as a batch. A row without a target is read by the Planner as an empty prompt."""
-        prompts = [[BOS] if p.lm else prompt_ids(p.prompt) for p in pairs]
+        """Pairs as a batch. Of a row without a target the Planner reads BOS alone."""
+        prompts = [[BOS] if p.lm else prompt_tokens(p.prompt) for p in pairs]
         targets = [[BOS, *p.target, EOS][: self.max_len + 1] for p in pairs]
         return Batch(
             pad(prompts),
             pad([t[:-1] for t in targets]),
             pad([t[1:] for t in targets]),
             torch.tensor([not p.lm for p in pairs]),
+            past=pad_left([b"" if p.lm else p.prompt for p in pairs]),
         )
 
     def groups(self, batch_size: int, order: np.ndarray) -> list[list[Pair]]:
@@ -468,6 +462,12 @@ def pad(rows: list[list[int]]) -> Tensor:
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
 
 
+def pad_left(rows: Sequence[bytes]) -> Tensor:
+    """What was read before a window as ids (B, R), PAD on the left."""
+    width = max(map(len, rows))
+    return torch.tensor([[PAD] * (width - len(row)) + list(row) for row in rows]).long()
+
+
 def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") -> TSVDataset:
     """Reads ``prompt TAB target`` rows; further tabs belong to the target, blank lines are skipped.
 
@@ -501,7 +501,10 @@ def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") 
 
 
 def split_pairs(data: TSVDataset, fraction: float, seed: int) -> tuple[TSVDataset, TSVDataset]:
-    """Two datasets in random order: most rows, and about ``fraction`` of them held out."""
+    """Two datasets in random order: most rows, and about ``fraction`` of them held out, none of
+    which is among the others."""
     order = np.random.default_rng(seed).permutation(len(data))
     pairs, n = [data[i] for i in order], round(len(data) * fraction)
-    return TSVDataset(pairs[n:], data.max_len), TSVDataset(pairs[:n], data.max_len)
+    held_out = set(pairs[:n])  # a row may be there more than once
+    rest = [pair for pair in pairs[n:] if pair not in held_out]
+    return TSVDataset(rest, data.max_len), TSVDataset(pairs[:n], data.max_len)

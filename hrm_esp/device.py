@@ -47,7 +47,7 @@ def choose_precision(device: torch.device, precision: str = "auto") -> torch.dty
 
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed for what comes next. It gives large blocks back to the system
-    otherwise, and each step of a training pays for fresh pages."""
+    otherwise, and each step of a training pays for fresh pages. For the whole process, for good."""
     trim_threshold, mmap_max = -1, -4  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt

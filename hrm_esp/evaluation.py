@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -53,19 +54,20 @@ class PairScore:
     included.
 
     Error rates are edits per character and per word of the targets (Levenshtein). Beside each
-    figure its 95% confidence interval, by bootstrap over rows (Efron 1979). All but the bits are
-    ``None`` where no row has a target.
+    figure its 95% confidence interval, by bootstrap over rows (Efron 1979); that of exact match by
+    Wilson's score (1927), which holds where all rows are right, too. All but the bits are ``None``
+    where no row has a target.
     """
 
-    exact_match: float | None
-    char_error_rate: float | None
-    word_error_rate: float | None
     bits_per_byte: float
-    n: int
-    exact_match_interval: Interval | None
-    char_error_rate_interval: Interval | None
-    word_error_rate_interval: Interval | None
     bits_per_byte_interval: Interval
+    n: int = 0
+    exact_match: float | None = None
+    exact_match_interval: Interval | None = None
+    char_error_rate: float | None = None
+    char_error_rate_interval: Interval | None = None
+    word_error_rate: float | None = None
+    word_error_rate_interval: Interval | None = None
 
     def __str__(self) -> str:
         low, high = self.bits_per_byte_interval
@@ -98,7 +100,7 @@ def row_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> np.ndarray:
     batch = batch.to(model.device)
     with autocast(model.device, dtype):
         nats, _, _ = model.nats(*batch)
-    return nats.double().cpu().numpy() / math.log(2)
+    return nats.cpu().double().numpy() / math.log(2)  # in this order: MPS has no float64
 
 
 def scoring_windows(
@@ -149,7 +151,7 @@ def score_stream(
         starts[:1],
         *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size)),
     ]:
-        batch = scoring_windows(stream, max_len, group, model.config.recent_len)
+        batch = scoring_windows(stream, max_len, group, model.config.past_len)
         bits += float(row_bits(model, batch, dtype).sum())
         if progress is not None:
             progress(int((batch.y_out != PAD).sum()))
@@ -201,39 +203,45 @@ def score_pairs(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
     progress: Progress | None = None,
-    predictions: list[Answer] | None = None,
 ) -> PairScore:
-    """Scores pairs. Rows without a target have no answer: they count in the bits alone.
-
-    Args:
-        predictions: a list, to which the answers are added.
-    """
+    """Scores pairs. Rows without a target have no answer: they count in the bits alone."""
     given = answers(model, data, batch_size, progress)
-    if predictions is not None:
-        predictions += given
-    bits, bits_interval = ratio(pair_bits(model, data, dtype))
+    return score_answers(given, pair_bits(model, data, dtype))
+
+
+def score_answers(given: Sequence[Answer], bits: np.ndarray) -> PairScore:
+    """Scores answers; ``bits`` as `pair_bits` gives them, (rows, 2)."""
+    per_byte, per_byte_interval = ratio(bits)
     if not given:
-        return PairScore(None, None, None, bits, 0, None, None, None, bits_interval)
-    exact, chars, words = [], [], []
+        return PairScore(per_byte, per_byte_interval)
+    chars, words = [], []
     for pair, text in given:
         target = pair.target.decode()
-        exact.append((text == target, 1))
         chars.append((edit_distance(text, target), len(target)))
         words.append((edit_distance(text.split(), target.split()), len(target.split())))
-    (match, match_interval), (char_rate, char_interval), (word_rate, word_interval) = (
-        ratio(np.array(rows)) for rows in (exact, chars, words)
-    )
+    right = sum(text == pair.target.decode() for pair, text in given)
+    char_rate, char_interval = ratio(np.array(chars))
+    word_rate, word_interval = ratio(np.array(words))
     return PairScore(
-        match,
-        char_rate,
-        word_rate,
-        bits,
-        len(given),
-        match_interval,
-        char_interval,
-        word_interval,
-        bits_interval,
+        bits_per_byte=per_byte,
+        bits_per_byte_interval=per_byte_interval,
+        n=len(given),
+        exact_match=right / len(given),
+        exact_match_interval=wilson(right, len(given)),
+        char_error_rate=char_rate,
+        char_error_rate_interval=char_interval,
+        word_error_rate=word_rate,
+        word_error_rate_interval=word_interval,
     )
+
+
+def wilson(right: int, n: int) -> Interval:
+    """The 95% confidence interval of a share (Wilson 1927): ``right`` of ``n``."""
+    z, share = 1.96, right / n
+    middle = share + z * z / (2 * n)
+    wide = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    scale = 1 + z * z / n
+    return (max(0.0, (middle - wide) / scale), min(1.0, (middle + wide) / scale))
 
 
 def ratio(rows: np.ndarray, samples: int = 1000) -> tuple[float, Interval]:
@@ -285,20 +293,33 @@ def evaluate(
         HRMError: a file that cannot be read, or holds nothing; predictions of a text.
     """
     dtype = choose_precision(model.device, precision)
-    if str(path).endswith((".tsv", ".tsv.gz")):
-        data = dataset_tsv(path, model.config.max_len, encoding=encoding)
-        given: list[Answer] = []
-        with scoring_bar(len(data), "row", show_progress) as bar:
-            score = score_pairs(model, data, dtype, 4 * batch_size, bar.update, given)
-        if predictions is not None:
-            with open(predictions, "w", encoding="utf-8", newline="\n") as file:
-                for pair, answer in given:
-                    # A tab or a line break in an answer would look like the next column or row.
-                    columns = pair.prompt.decode(), pair.target.decode(), answer
-                    file.write("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in columns) + "\n")
-        return score
     if predictions is not None:
+        check_predictions(path, Path(predictions))
+    if not is_table(path):
+        text = load_stream([path], encoding)
+        with scoring_bar(len(text), "B", show_progress) as bar:
+            return score_stream(model, text, dtype, batch_size, bar.update)
+    data = dataset_tsv(path, model.config.max_len, encoding=encoding)
+    with scoring_bar(len(data), "row", show_progress) as bar:
+        given = answers(model, data, 4 * batch_size, bar.update)
+    if predictions is not None:
+        with open(predictions, "w", encoding="utf-8", newline="\n") as file:
+            for pair, answer in given:
+                # A tab or a line break in an answer would look like the next column or row.
+                columns = pair.prompt.decode(), pair.target.decode(), answer
+                file.write("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in columns) + "\n")
+    return score_answers(given, pair_bits(model, data, dtype))
+
+
+def is_table(path: PathLike) -> bool:
+    return str(path).endswith((".tsv", ".tsv.gz"))
+
+
+def check_predictions(path: PathLike, predictions: Path) -> None:
+    """Raises HRMError, before the time is spent, if predictions of ``path`` cannot go there."""
+    if not is_table(path):
         raise HRMError(f"{path} is not a .tsv: there are no predictions to write")
-    text = load_stream([path], encoding)
-    with scoring_bar(len(text), "B", show_progress) as bar:
-        return score_stream(model, text, dtype, batch_size, bar.update)
+    if not predictions.parent.is_dir() or predictions.is_dir():
+        raise HRMError(f"cannot write {predictions}: give a file in a folder that exists")
+    if predictions.exists() and predictions.samefile(path):
+        raise HRMError(f"--predictions would overwrite {path}: give another file")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HRMConfig
-from .counts import RECENT_ORDERS, NgramCounts, Recent
+from .counts import NgramCounts, Recent
 from .layers import (
     Angles,
     BlockCache,
@@ -35,7 +35,8 @@ class Positions(nn.Module):
         super().__init__()
         self.capacity = config.max_len + special
         rotary = config.positions == "rotary"
-        self.rotary = Rotary(config.head_dim, self.capacity) if rotary else None
+        # Enough for either level: the Executor asks for the places of the Planner's states, too.
+        self.rotary = Rotary(config.head_dim, config.max_len + 2) if rotary else None
         self.learned = None if rotary else nn.Embedding(self.capacity, config.d_model)
         if self.learned is not None:
             nn.init.normal_(self.learned.weight, std=0.5)
@@ -136,12 +137,15 @@ class Planner(nn.Module):
         def read(rows: Tensor) -> Tensor:
             return self._states(prompt_ids[rows], None if visible is None else visible[rows])
 
+        # Those first: autocast keeps the weights it casts, and without gradients if it first met
+        # them so.
+        learned = read(taught) if taught.any() else None
         with torch.no_grad():
             others = read(~taught)
         states = others.new_empty(*prompt_ids.shape, others.shape[-1])
         states[~taught] = others
-        if taught.any():
-            states[taught] = read(taught)
+        if learned is not None:
+            states[taught] = learned
         return Memory(states, visible)
 
     def _states(self, ids: Tensor, visible: Tensor | None) -> Tensor:
@@ -197,7 +201,7 @@ class Executor(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers_dec))
         self.norm = RMSNorm(config.d_model)
         self.lm_head = linear(config.d_model, VOCAB_SIZE, zero=True)
-        self.counts = NgramCounts(config) if config.count_max >= RECENT_ORDERS[0] else None
+        self.counts = NgramCounts(config) if config.counts else None
 
     def forward(
         self,
@@ -231,15 +235,15 @@ class Executor(nn.Module):
         y_out: Tensor,
         plan_vec: Tensor,
         memory: Memory | None = None,
-        counted: Tensor | None = None,
         past: Tensor | None = None,
+        leave_out: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """What the targets ``y_out`` (B, T) of each row cost in nats, and what they would cost
         without the counts, both (B,). PAD costs nothing.
 
         Args:
             y_in, plan_vec, memory, past: as in `forward`.
-            counted: (B,) bool, the rows that the counts were made from, too.
+            leave_out: take rows that the counts were made from out of the counts, for training.
         """
         states = self.read(y_in, plan_vec, memory)
         alone = F.cross_entropy(
@@ -250,7 +254,7 @@ class Executor(nn.Module):
         ).view(y_out.shape)
         if self.counts is None:
             return alone.sum(1), alone.sum(1)
-        p = self.counts.probability((-alone).exp(), states, y_in, y_out, counted, past)
+        p = self.counts.probability((-alone).exp(), states, y_in, y_out, past, leave_out)
         return -torch.where(y_out != PAD, p, 1.0).log().sum(1), alone.sum(1)
 
     def read(
@@ -308,18 +312,19 @@ class HRMModel(nn.Module):
         y_in: Tensor,
         y_out: Tensor,
         reads_memory: Tensor | None = None,
-        counted: Tensor | None = None,
         taught: Tensor | None = None,
         past: Tensor | None = None,
+        leave_out: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the targets cost with and without the counts (see `Executor.nats`), both (B,), and
         the codebook logits. Other arguments as in `forward`.
 
         Args:
-            taught, past: see `Planner.read` and `Executor.forward`.
+            taught: see `Planner.read`.
+            past, leave_out: see `Executor.nats`.
         """
         plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory, taught)
-        nats = self.executor.nats(y_in, y_out, plan_vec, memory, counted, past)
+        nats = self.executor.nats(y_in, y_out, plan_vec, memory, past, leave_out)
         return *nats, code_logits
 
     def plan(

@@ -49,8 +49,9 @@ class Parameters:
 def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices in the blocks, its steps scaled to the size of
     AdamW's (Liu et al. 2025, section 2.2), so that one learning rate serves both; AdamW for the
-    rest, without weight decay. In pretraining AdamW has the Planner's blocks, too: Muon takes a
-    third more time with them. Each group's ``scale`` is its share of the learning rate."""
+    rest, without weight decay. In pretraining AdamW has the Planner's blocks, too: Muon's part of a
+    step would be a third longer with them. Each group's ``scale`` is its share of the learning
+    rate."""
     pretraining = isinstance(options, PretrainConfig)
     decay = {"weight_decay": options.weight_decay}
     planner = {"params": parameters.planner, "scale": PLANNER_LR if pretraining else 1.0, **decay}

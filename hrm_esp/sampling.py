@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import as_inputs, encode_prompt, pad, prompt_ids, to_bytes
+from .data import as_inputs, encode_prompt, pad, pad_left, prompt_tokens, to_bytes
 from .errors import HRMError
 from .layers import Memory
 from .model import ExecutorCache, HRMModel
@@ -110,9 +110,15 @@ class Decoder:
     """The logits of the next token, for B rows that grow together."""
 
     def __init__(
-        self, model: HRMModel, plan: Tensor, memory: Memory | None = None, use_cache: bool = True
+        self,
+        model: HRMModel,
+        plan: Tensor,
+        memory: Memory | None = None,
+        use_cache: bool = True,
+        before: Tensor | None = None,
     ) -> None:
         self.model, self.plan, self.memory, self.use_cache = model, plan, memory, use_cache
+        self.before = before
         self.start = -1
         self.cache: ExecutorCache | None = None
 
@@ -126,14 +132,18 @@ class Decoder:
         y_in = tokens[:, start + known :].to(self.model.device)
         past = None
         if not known:
-            earliest = max(0, start - self.model.config.recent_len)
-            past = tokens[:, earliest:start].to(self.model.device)
+            past = tokens[:, :start]
+            if self.before is not None:
+                past = torch.cat((self.before, past), dim=1)
+            past = past.to(self.model.device)
         logits = self.model.executor(y_in, self.plan, self.memory, self.cache, past)
         return logits[:, -1].float().cpu()
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given rows of the batch."""
         self.plan = self.plan[rows]
+        if self.before is not None:
+            self.before = self.before[rows.cpu()]
         if self.memory is not None:
             states, visible = self.memory
             self.memory = Memory(states[rows], None if visible is None else visible[rows])
@@ -257,10 +267,11 @@ def _stream(
 def answer_decoder(model: HRMModel, prompts: Sequence[bytes], use_cache: bool = True) -> Decoder:
     """A decoder that answers each prompt from BOS, with its plan and, if the model reads it, its
     memory."""
-    ids = pad([prompt_ids(p) for p in prompts]).to(model.device)
+    ids = pad([prompt_tokens(p) for p in prompts]).to(model.device)
     states = model.planner.read(ids)
     plan, _ = model.planner.plan(states)
-    return Decoder(model, plan, states if model.config.memory else None, use_cache)
+    memory = states if model.config.memory else None
+    return Decoder(model, plan, memory, use_cache, pad_left(prompts))
 
 
 def generate(model: HRMModel, prompt: str, **options: object) -> str:

@@ -82,10 +82,13 @@ def test_foreign_files_are_refused_and_run_no_code(
     assert not capsys.readouterr().out
 
 
-def test_a_newer_format_and_unknown_settings_are_refused(saved: Path) -> None:
+def test_other_formats_and_unknown_settings_are_refused(saved: Path) -> None:
     content = torch.load(saved, weights_only=True)
     torch.save(content | {"format": 99}, saved)
     with pytest.raises(HRMError, match="newer"):
+        load_checkpoint(saved)
+    torch.save(content | {"format": 1}, saved)
+    with pytest.raises(HRMError, match="older"):
         load_checkpoint(saved)
     torch.save(content | {"config": content["config"] | {"colour": 1}}, saved)
     with pytest.raises(HRMError):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hrm_esp import counts, data
 from hrm_esp.config import HRMConfig
 from hrm_esp.counts import NgramCounts, Recent
-from hrm_esp.data import LMDataset, as_inputs, as_targets
+from hrm_esp.data import as_inputs, as_targets
 from hrm_esp.tokenizer import BOS, PAD
 
 TABLE, JUST_READ = [2, 3, 4, 5, 6, 7, 8], [4, 6]
@@ -50,7 +50,7 @@ def by_hand(
 ) -> float:
     """The mixture's probability of ``here[place]``, from what followed its contexts in ``text``,
     without ``here`` from ``begin`` on if ``own``, and in ``here`` before ``place``."""
-    met_before = 2
+    met_before, mixed = 2, p
     kinds = [(n, "table") for n in TABLE] + [(n, "just read") for n in JUST_READ]
     for i, (order, kind) in enumerate(sorted(kinds, key=lambda pair: pair[0])):
         wanted = context(here, place, order)
@@ -72,13 +72,13 @@ def by_hand(
         distinct = sum(n > 0 for n in after.values())
         gain = made.by_count[i].tolist()
         score = math.log(met + 1) * gain[0] + math.log(distinct + 1) * gain[1] + gain[2]
-        weight = counts.SURE / (1 + math.exp(-score))
-        p += weight * (after[here[place : place + 1]] / met - p)
-    return p
+        weight = 1 / (1 + math.exp(-score))
+        mixed += weight * (after[here[place : place + 1]] / met - mixed)
+    return (1 - counts.SURE) * p + counts.SURE * mixed
 
 
 def ask(
-    made: NgramCounts, here: bytes, counted: bool, begin: int = 0
+    made: NgramCounts, here: bytes, leave_out: bool, begin: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The probability of each byte of ``here`` after ``begin``, the log-probability of all tokens
     there, and the targets; the network knows nothing."""
@@ -89,7 +89,7 @@ def ask(
     states = torch.zeros(*ids.shape, 4)
     p = torch.full(targets.shape, 1 / 260)
     with torch.no_grad():
-        probability = made.probability(p, states, ids, targets, torch.tensor([counted]), past)
+        probability = made.probability(p, states, ids, targets, past, leave_out)
         logits = made.mix(torch.zeros(*ids.shape, 260), states, ids, Recent(), past)
     return probability[0], logits[0], targets[0]
 
@@ -129,27 +129,53 @@ def test_of_a_large_text_pieces_from_all_of_it_are_counted(monkeypatch: pytest.M
     monkeypatch.setattr(data, "COUNTED", 4096)
     for module in (data, counts):
         monkeypatch.setattr(module, "PIECE", 256)
-    text = "".join(f"{n:05} " for n in range(4000)).encode()
+    text = bytes(np.random.default_rng(0).integers(97, 123, 24000, dtype=np.uint8))
     made = table(text)
     assert int(made.cumulative[-1]) < len(TABLE) * 4096
-    for known in (b"00001 ", b"03999 "):
-        assert ask(made, known, counted=False)[0][-1] > 0.01
+    starts = data.counted_pieces(len(text))
+    joined = b"".join(text[i : i + 256] for i in starts)
+    assert text[:256] in joined and text[-256:] in joined
     # A window is taken out of the table only if it is in there.
-    starts = np.arange(8, 24000, 16)
-    batch = LMDataset(np.frombuffer(text, dtype=np.uint8), 16).windows(starts)
-    joined = b"|".join(text[i : i + 256] for i in data.counted_pieces(len(text)))
-    is_in = [text[i : i + 16] in joined for i in starts]
-    begins_in = [text[i : i + 9] in joined for i in starts]
-    assert batch.counted is not None
-    flags = batch.counted.tolist()
-    assert 200 < sum(is_in) <= sum(flags)
-    assert all(f >= whole for f, whole in zip(flags, is_in, strict=True))
-    assert sum(f > part for f, part in zip(flags, begins_in, strict=True)) < 20  # cut at an end
+    windows = [text[i : i + 16] for i in range(0, 24000, 40)]
+    was_in = [w in joined for w in windows]
+    assert 50 < sum(was_in) < 200
+    for window, is_part in zip(windows, was_in, strict=True):
+        found, left_out = (ask(made, window, leave_out)[0] for leave_out in (False, True))
+        assert torch.equal(found, left_out) != is_part
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, TEXTS)
+def test_only_what_is_part_of_the_text_is_left_out(text: str, here: str) -> None:
+    """A row of pairs may begin and end where no line of the text does."""
+    made = table(text.encode())
+    for row in (here, text[5:15], "\n" + text[5:15].replace("\n", "a") + "\n"):
+        data = row.encode()
+        known = (
+            followers(text.encode(), wanted).get(data[i : i + 1], 0) > 0
+            for i in range(len(data))
+            for wanted in (context(data, i, n) for n in TABLE)
+            if wanted and b"\n" not in wanted and data[i : i + 1] != b"\n"
+            if sum(followers(text.encode(), wanted).values()) > 0
+        )
+        is_part = all(known)
+        found, left_out = (ask(made, data, leave_out)[0] for leave_out in (False, True))
+        if not is_part:
+            assert torch.equal(found, left_out)
+        elif row == text[5:15] and "\n" not in row:
+            assert not torch.equal(found, left_out)
+
+
+def test_what_was_never_seen_stays_possible_however_often_something_was() -> None:
+    made = table(b"\nabcdefgh" * 500)
+    found, logits, _ = ask(made, b"\nabcdefgh" * 90 + b"x", leave_out=False)
+    assert found[-1] >= 0.99 * (1 - counts.SURE) / 260
+    assert (logits[-1].exp() > 0.99 * (1 - counts.SURE) / 260).all()
 
 
 def test_a_text_of_one_byte_can_be_counted() -> None:
     made = table(b"a\n")
-    found, logits, _ = ask(made, b"abc abc abc", counted=False)
+    found, logits, _ = ask(made, b"abc abc abc", leave_out=False)
     assert found.isfinite().all() and logits.isfinite().all()
 
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from hrm_esp.data import (
     LMDataset,
+    Pair,
     TextStats,
+    TSVDataset,
     dataset_lm,
     dataset_tsv,
     load_corpus_lines,
@@ -190,10 +192,23 @@ def test_long_pairs_are_cut_between_characters(
     assert batch.y_in.shape[1] <= 9 and (batch.y_out[1] != PAD).sum() == 9
 
 
+def test_no_row_held_out_is_trained_on() -> None:
+    pairs = [Pair(str(n % 7).encode(), b"x") for n in range(40)]
+    for seed in range(9):
+        rest, held_out = split_pairs(TSVDataset(pairs, 32), 0.1, seed)
+        assert len(held_out) == 4 and len(rest) and not set(rest) & set(held_out)
+        assert set(rest) | set(held_out) == set(pairs)
+
+
+def test_the_counts_read_the_prompt_before_the_target() -> None:
+    data = TSVDataset([Pair(b"ab", b"x"), Pair(b"abc", b"x"), Pair(b"y", b"y", lm=True)], 32)
+    assert data.collate(data.pairs).past.tolist() == [
+        [PAD, 97, 98], [97, 98, 99], [PAD, PAD, PAD]
+    ]  # fmt: skip
+
+
 @given(st.lists(st.tuples(st.text("añ", max_size=30), st.text("bé", min_size=1)), min_size=1))
 def test_every_pair_is_in_one_batch(rows: list[tuple[str, str]]) -> None:
-    from hrm_esp.data import Pair, TSVDataset
-
     pairs = [Pair(p.encode(), t.encode()) for p, t in rows]
     data = TSVDataset(pairs, max_len=64)
     seen = []

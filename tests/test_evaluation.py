@@ -16,6 +16,7 @@ from hrm_esp.evaluation import (
     ratio,
     score_pairs,
     score_stream,
+    wilson,
 )
 from hrm_esp.model import HRMModel
 from hrm_esp.sampling import window_start
@@ -103,22 +104,31 @@ def test_exact_match_counts_the_answers_written() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30))
-def test_a_figure_lies_in_its_interval(rows: list[tuple[int, int]]) -> None:
+def test_an_interval_lies_among_the_rows(rows: list[tuple[int, int]]) -> None:
     value, (low, high) = ratio(np.array(rows))
     assert value == pytest.approx(sum(a for a, _ in rows) / sum(b for _, b in rows))
     shares = [a / b for a, b in rows]
     assert min(shares) - 1e-9 <= low <= high <= max(shares) + 1e-9
 
 
-def test_the_interval_is_that_of_the_binomial() -> None:
+def test_the_intervals_are_that_of_the_binomial() -> None:
     rows = np.array([(i % 10 < 3, 1) for i in range(1000)])
-    value, (low, high) = ratio(rows)
+    value, by_bootstrap = ratio(rows)
     wide = 1.96 * (0.3 * 0.7 / 1000) ** 0.5
     assert value == pytest.approx(0.3)
-    assert (low, high) == (
-        pytest.approx(0.3 - wide, abs=0.004),
-        pytest.approx(0.3 + wide, abs=0.004),
-    )
+    for interval in (by_bootstrap, wilson(300, 1000)):
+        assert interval == pytest.approx((0.3 - wide, 0.3 + wide), abs=0.004)
+
+
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_the_interval_of_a_share_is_where_its_score_test_ends(right: int, n: int) -> None:
+    right = min(right, n)
+    low, high = wilson(right, n)
+    assert 0 <= low <= right / n + 1e-9 and right / n - 1e-9 <= high <= 1 and high - low > 0.01
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            z = (right / n - end) / (end * (1 - end) / n) ** 0.5
+            assert abs(z) == pytest.approx(1.96)
 
 
 def levenshtein(a: str, b: str) -> int:

@@ -172,12 +172,34 @@ def test_cached_equals_uncached_in_pieces_of_any_size(kind: dict[str, object]) -
     y_in = tokens(2, 24, seed=1)
     memory = model.planner.read(tokens(2, 9)) if model.config.memory else None
     plan, _ = model.planner(tokens(2, 9))
-    whole = model.executor(y_in, plan, memory)
-    cache = model.new_cache(memory)
-    pieces = [
-        model.executor(piece, plan, memory, cache) for piece in y_in.split([7, 1, 1, 5, 10], dim=1)
-    ]
-    close(torch.cat(pieces, 1), whole)
+    past = tokens(2, 30, seed=2)
+    for before in (None, past):
+        whole = model.executor(y_in, plan, memory, past=before)
+        cache = model.new_cache(memory)
+        pieces = [
+            model.executor(piece, plan, memory, cache, before if i == 0 else None)
+            for i, piece in enumerate(y_in.split([7, 1, 1, 5, 10], dim=1))
+        ]
+        close(torch.cat(pieces, 1), whole)
+
+
+def test_what_is_too_long_ago_or_padding_is_no_past() -> None:
+    model = random_model(recent_len=20)
+    prompt, y, others = tokens(2, 9), tokens(2, 13, seed=1), tokens(2, 20, seed=2)
+    y_in, y_out = y[:, :-1], y[:, 1:]
+    past = torch.cat((others[:, :10], y[:, 1:11], others[:, 10:]), 1)
+
+    def both(past: torch.Tensor) -> torch.Tensor:
+        plan, _ = model.planner(prompt)
+        cost, _, _ = model.nats(prompt, y_in, y_out, past=past)
+        logits = model.executor(y_in, plan, past=past)
+        close(-logits.gather(2, y_out[..., None]).sum((1, 2)), cost)
+        return cost
+
+    cost = both(past[:, -20:])
+    close(both(past), cost)
+    close(both(torch.cat((torch.full((2, 5), PAD), past[:, -20:]), 1)), cost)
+    assert (both(past[:, -10:]) - cost).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("gumbel", [True, False])
@@ -234,6 +256,11 @@ def test_the_planner_learns_from_the_taught_rows_alone() -> None:
         (expected,) = torch.autograd.grad(all_taught.states[taught].pow(3).sum(), weight)
         (found,) = torch.autograd.grad(some_taught.states.pow(3).sum(), weight)
         close(expected, found)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model.planner.read(ids, taught).states
+        model.planner.zero_grad()
+        states[taught].float().pow(3).sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.planner.blocks.parameters())
     with torch.no_grad():
         assert not model.planner.read(ids, taught).states.requires_grad
 

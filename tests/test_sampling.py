@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from test_model import KINDS
 
 from hrm_esp import generate
-from hrm_esp.data import encode_prompt
+from hrm_esp.data import Pair, TSVDataset, encode_prompt
 from hrm_esp.errors import HRMError
+from hrm_esp.evaluation import score_pairs
 from hrm_esp.sampling import (
     AFTER,
     ALLOWED,
@@ -54,6 +55,16 @@ def test_cached_logits_equal_those_of_the_window_alone(kind: dict[str, object]) 
             past = text[:, max(0, start - model.config.recent_len) : start]
             plain = model.executor(text[:, start:n], plan, memory, past=past)[:, -1]
             torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 70])
+def test_prompts_of_any_length_are_answered(positions: str, length: int) -> None:
+    model = random_model(memory=True, positions=positions)
+    text = generate(model, "a" * length, mode="answer", max_new_tokens=50, min_new_tokens=50)
+    assert len(text.encode()) == 50
+    pairs = TSVDataset([Pair(b"a" * min(length, 32), b"b" * 32), Pair(b"", b"c")], 32)
+    assert score_pairs(model, pairs).n == 2
 
 
 @given(st.integers(1, 500), st.integers(8, 65))

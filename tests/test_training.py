@@ -258,17 +258,20 @@ def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None
         torch.testing.assert_close(weights(two.last)[name], value, rtol=1e-3, atol=1e-4)
 
 
+Nats = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true, calls = HRMModel.nats, iter(range(1000))
 
-    def sometimes_nan(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        mixed, alone, codes = true(*args)  # type: ignore[arg-type]
+    def sometimes_nan(*args: object, **keywords: object) -> Nats:
+        mixed, alone, codes = true(*args, **keywords)  # type: ignore[arg-type]
         return mixed, alone * (math.nan if next(calls) % 2 else 1.0), codes
 
-    def infinite(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        mixed, alone, codes = true(*args)  # type: ignore[arg-type]
+    def infinite(*args: object, **keywords: object) -> Nats:
+        mixed, alone, codes = true(*args, **keywords)  # type: ignore[arg-type]
         return mixed * math.inf, alone, codes
 
     monkeypatch.setattr(HRMModel, "nats", sometimes_nan)
@@ -347,7 +350,7 @@ def test_a_run_past_its_best_ends_early_and_keeps_it(
     assert best.val_bpb <= last.val_bpb
 
 
-def test_the_best_is_that_with_the_most_right_answers(corpus: Path, tmp_path: Path) -> None:
+def test_the_best_is_that_with_the_most_right_answers(tmp_path: Path) -> None:
     scores = [Score(0.5, 1.0), Score(0.4, 2.0), Score(0.4, 1.5), Score(0.6, 0.5), Score(0.5, 0.4)]
     given = iter([*scores, *[Score(0.9, 0.1)] * 4])
     model = random_model()
@@ -396,7 +399,5 @@ def test_compiled_training_equals_eager(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_windows_of_a_corpus_smaller_than_one() -> None:
-    import numpy as np
-
     batch = LMDataset(np.frombuffer(b"ab\n", dtype=np.uint8), 8).windows(np.array([0]))
     assert batch.y_out.tolist() == [[97, 98, 258, 97, 98, 258, 97, 98]]

@@ -21,6 +21,8 @@ ROWS: dict[str, dict[str, object]] = {
     "no zero-initialised outputs": {"zero_init": False},
     "the Planner's blocks at the full learning rate": {"planner_lr": 1.0},
     "no n-gram counts": {"count_max": 0},
+    "no counts of what came before the window": {"recent_len": 0},
+    "the Planner's blocks learn from every row": {"taught": 1},
     "no n-gram embeddings": {"ngram_max": 1},
     "full windows and batches from the start": {"grow": False},
     "Planner view: previous": {"planner_view": "previous"},
@@ -39,11 +41,12 @@ def train(job: tuple[str, argparse.Namespace, int]) -> tuple[str, int, float, in
     import torch
 
     torch.set_num_threads(1)
-    from hrm_esp import layers, model, optim
+    from hrm_esp import data, layers, model, optim
     from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
     from hrm_esp.training import train_lm
 
     changes = dict(ROWS[name])
+    data.TAUGHT = changes.pop("taught", data.TAUGHT)
     optim.PLANNER_LR = changes.pop("planner_lr", optim.PLANNER_LR)
     if not changes.pop("zero_init", True):
         linear = layers.linear
