@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
 from hrm_esp.data import Batch, LMDataset, load_stream
-from hrm_esp.device import autocast, choose_device, choose_precision
+from hrm_esp.device import autocast, choose_device, choose_precision, keep_freed_memory
 from hrm_esp.evaluation import scoring_windows
 from hrm_esp.sampling import window_start
 from hrm_esp.tokenizer import PAD, VOCAB_SIZE
@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--peer_lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
+    if choose_device().type == "cpu":
+        keep_freed_memory()  # for both
     rows = list(compressors(bytes(load_stream([args.corpus])), bytes(load_stream([args.held_out]))))
     for seed in range(args.seeds):
         jobs = [(ours, (m, seed)) for m in args.minutes]
