@@ -58,7 +58,7 @@ SCORED_LAST = 1_000_000  # ... and at the end
 ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
 SCORING_SHARE = 0.04  # of the time of a timed run, its first scoring aside
 N_SCORES = 8  # times a run is scored, evenly spaced
-WORSE = 1.005  # times the best score: noise at a high learning rate is less
+WORSE = 0.01  # bits per byte more than at the best: noise at a high learning rate is less
 STATE_SECONDS = 300.0  # between two states saved, from which a run can be resumed
 EPOCH_SECONDS = 10.0  # at least, between the checkpoints of two epochs of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
@@ -570,7 +570,7 @@ class Trainer:
         if (score.errors or 0.0, score.bpb) < best or state.best_bpb is None:
             state.best_errors, state.best_bpb, state.worse = *score, 0
             self.save("best")
-        elif state.val_bpb > WORSE * state.best_bpb:
+        elif score.bpb > state.best_bpb + WORSE:
             state.worse += 1
             self.end_early()
 
