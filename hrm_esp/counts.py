@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import RECENT_ORDERS, HRMConfig
-from .data import PIECE, Stream, as_inputs, as_targets, counted_pieces
+from .data import Stream, as_inputs, as_targets
 from .layers import ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)  # of the table
+COUNTED = 2**23  # bytes whose n-grams are counted, at most: of a larger text, pieces from all of it
+PIECE = 2**16
 TOKEN_BITS = 9
 SURE = 1 - 2**-12  # the largest share of the counts: what was never seen stays possible
 
@@ -147,8 +149,8 @@ class NgramCounts(nn.Module):
             recent: the tokens before; takes ``ids`` in.
             past: (B, R), tokens to be taken in before those, if any.
         """
-        if past is not None and self._nearest(past).shape[1]:
-            recent.read(self._nearest(past), self)
+        if past is not None and (nearest := self._nearest(past)).shape[1]:
+            recent.read(nearest, self)
         digest, complete = recent.read(ids, self)
         n = len(self.orders)
         begin, end = self._ranges(digest[..., :n], complete[..., :n])
@@ -290,6 +292,13 @@ class Recent:
         if not self.is_empty:
             self.ids, self.digest = self.ids[rows], self.digest[rows]
             self.pair, self.is_new = self.pair[rows], self.is_new[rows]
+
+
+def counted_pieces(n: int) -> np.ndarray:
+    """Where the pieces begin, ``PIECE`` bytes each, whose n-grams are counted of a stream of n."""
+    if n <= COUNTED:
+        return np.arange(0, n, PIECE)
+    return np.linspace(0, n - PIECE, COUNTED // PIECE).astype(np.int64)
 
 
 def key(digest: Tensor, token: Tensor | int) -> Tensor:

@@ -33,8 +33,6 @@ BREAK = 10  # the byte between documents
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
 TRACE = 5e-4  # the share of undecodable bytes that is not worth a warning
 SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
-COUNTED = 2**23  # bytes whose n-grams are counted, at most: of a larger text, pieces from all of it
-PIECE = 2**16
 TAUGHT = 4  # the Planner's blocks learn from one row of text in so many: a step is a fifth faster
 HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
 
@@ -267,13 +265,6 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
-
-
-def counted_pieces(n: int) -> np.ndarray:
-    """Where the pieces begin, ``PIECE`` bytes each, whose n-grams are counted of a stream of n."""
-    if n <= COUNTED:
-        return np.arange(0, n, PIECE)
-    return np.linspace(0, n - PIECE, COUNTED // PIECE).astype(np.int64)
 
 
 class LMDataset(Sequence[Batch]):

@@ -107,7 +107,11 @@ def window_start(n_tokens: int, max_len: int) -> int:
 
 
 class Decoder:
-    """The logits of the next token, for B rows that grow together."""
+    """The logits of the next token, for B rows that grow together.
+
+    Args:
+        before: (B, R), what was read before the first token, PAD on the left, for the counts.
+    """
 
     def __init__(
         self,
