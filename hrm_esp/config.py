@@ -107,7 +107,7 @@ class HRMConfig:
     dropout: float = option(
         0.0, "model", "share of activations dropped in training", low=0, below=1
     )
-    # Not a flag of its own: finetuning decides it (FinetuneConfig.context).
+    # Not a flag of its own: PretrainConfig.denoise and FinetuneConfig.context decide it.
     memory: bool = field(default=False, metadata={"hidden": True})
 
     def __post_init__(self) -> None:
@@ -161,8 +161,7 @@ class TrainConfig:
     optimizer: str = option(
         "muon",
         "training",
-        "muon: Muon for the matrices in the blocks (in pretraining, the Executor's), AdamW for the "
-        "rest; adamw: AdamW for all",
+        "muon: Muon for the matrices in the blocks, AdamW for the rest; adamw: AdamW for all",
         choices=("muon", "adamw"),
     )
     weight_decay: float = option(
@@ -227,6 +226,14 @@ class PretrainConfig(TrainConfig):
         choices=("same", "previous"),
     )
     grow: bool = option(True, "training", "full windows and batches from the start")
+    denoise: float = option(
+        0.125,
+        "training",
+        "share of the steps in which the Executor restores damaged text that it reads through the "
+        "Planner, which finetuning builds on",
+        low=0,
+        below=1,
+    )
 
 
 @dataclass(frozen=True)

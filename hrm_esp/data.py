@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .denoising import damage
 from .errors import HRMError
 from .tokenizer import BOS, EOS, PAD
 
@@ -33,7 +34,7 @@ BREAK = 10  # the byte between documents
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
 TRACE = 5e-4  # the share of undecodable bytes that is not worth a warning
 SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
-TAUGHT = 4  # the Planner's blocks learn from one row of text in so many: a step is a fifth faster
+CUTS = 5  # kinds of lengths in which text is restored: max_len, half of it, a quarter, ...
 HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
 
 Stream = np.ndarray  # uint8, (N,)
@@ -251,16 +252,14 @@ def as_targets(window: np.ndarray) -> np.ndarray:
 
 class Batch(NamedTuple):
     """One batch: the Planner's ``prompt_ids`` (B, S), the Executor's ``y_in`` (B, T), the tokens to
-    predict ``y_out`` (B, T), PAD where there is nothing to predict, ``reads_memory`` (B,), the
-    rows that may attend to the prompt, and ``taught`` (B,), those from which the Planner's blocks
-    learn (``None``: all). ``past`` (B, R) is what was read before ``y_in``, PAD on the left, for
-    the counts alone (``None``: nothing)."""
+    predict ``y_out`` (B, T), PAD where there is nothing to predict, and ``reads_memory`` (B,), the
+    rows that may attend to the prompt (``None``: text, where none may). ``past`` (B, R) is what was
+    read before ``y_in``, PAD on the left, for the counts alone (``None``: nothing)."""
 
     prompt_ids: Tensor
     y_in: Tensor
     y_out: Tensor
     reads_memory: Tensor | None = None
-    taught: Tensor | None = None
     past: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -275,12 +274,19 @@ class LMDataset(Sequence[Batch]):
 
     Args:
         recent_len: bytes before each window that come with it as the ``past``.
+        denoise: the share of the batches that restore damaged text instead.
     """
 
     def __init__(
-        self, stream: Stream, max_len: int, planner_view: str = "same", recent_len: int = 0
+        self,
+        stream: Stream,
+        max_len: int,
+        planner_view: str = "same",
+        recent_len: int = 0,
+        denoise: float = 0.0,
     ) -> None:
         self.stream, self.max_len, self.planner_view = stream, max_len, planner_view
+        self.denoise = denoise
         # Of a ring smaller than that, nothing that is still to be predicted.
         self.recent_len = max(0, min(recent_len, len(stream) - max_len - 1))
 
@@ -310,6 +316,20 @@ class LMDataset(Sequence[Batch]):
         )
         return Batch(prompts, inputs, targets, past=past)
 
+    def damaged(self, starts: np.ndarray, random: np.random.Generator) -> Batch:
+        """The windows from each of ``starts`` on as pairs, a damaged text and what it was, of at
+        most ``max_len`` bytes or a half, a quarter, ... of that."""
+        pieces = 2 ** int(random.integers(CUTS))
+        length = max(1, self.max_len // pieces)
+        starts = (starts[:, None] + np.arange(pieces) * length).ravel()
+        pairs = []
+        for start in starts:
+            size = int(random.integers(length // 2, length + 1))
+            piece = bytes(self.stream[(start + np.arange(size)) % len(self.stream)])
+            text = piece.decode(errors="ignore").replace("\n", " ")
+            pairs.append(Pair(cut(damage(text, random).encode(), self.max_len), text.encode()))
+        return collate(pairs, self.max_len)
+
     def batches(
         self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0
     ) -> Iterator[tuple[int, Batch]]:
@@ -327,11 +347,13 @@ class LMDataset(Sequence[Batch]):
         random.shuffle(starts)
         while skip < len(starts):
             n, pieces = size()
-            batch = self.windows(starts[skip : skip + n], pieces)
-            row = skip * pieces + torch.arange(len(batch.y_in))
-            batch = batch._replace(taught=row % TAUGHT == 0)
+            random = np.random.default_rng((seed, epoch, skip))
+            chosen = starts[skip : skip + n]
             skip = min(skip + n, len(starts))
-            yield skip, batch
+            if random.random() < self.denoise:
+                yield skip, self.damaged(chosen, random)
+            else:
+                yield skip, self.windows(chosen, pieces)
 
 
 def dataset_lm(
@@ -393,16 +415,7 @@ class TSVDataset(Sequence[Pair]):
         return self.pairs[index]
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
-        """Pairs as a batch. Of a row without a target the Planner reads BOS alone."""
-        prompts = [[BOS] if p.lm else prompt_tokens(p.prompt) for p in pairs]
-        targets = [[BOS, *p.target, EOS][: self.max_len + 1] for p in pairs]
-        return Batch(
-            pad(prompts),
-            pad([t[:-1] for t in targets]),
-            pad([t[1:] for t in targets]),
-            torch.tensor([not p.lm for p in pairs]),
-            past=pad_left([b"" if p.lm else p.prompt for p in pairs]),
-        )
+        return collate(pairs, self.max_len)
 
     def groups(self, batch_size: int, order: np.ndarray) -> list[list[Pair]]:
         """The pairs in batches of at most ``batch_size * max_len`` tokens, PAD included.
@@ -445,6 +458,19 @@ class TSVDataset(Sequence[Pair]):
             behind += len(groups[i])
             if behind > skip:
                 yield behind, self.collate(groups[i])
+
+
+def collate(pairs: Sequence[Pair], max_len: int) -> Batch:
+    """Pairs as a batch. Of a row without a target the Planner reads BOS alone."""
+    prompts = [[BOS] if p.lm else prompt_tokens(p.prompt) for p in pairs]
+    targets = [[BOS, *p.target, EOS][: max_len + 1] for p in pairs]
+    return Batch(
+        pad(prompts),
+        pad([t[:-1] for t in targets]),
+        pad([t[1:] for t in targets]),
+        torch.tensor([not p.lm for p in pairs]),
+        past=pad_left([b"" if p.lm else p.prompt for p in pairs]),
+    )
 
 
 def pad(rows: list[list[int]]) -> Tensor:

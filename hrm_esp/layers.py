@@ -80,6 +80,21 @@ class Rotary(nn.Module):
         """Cosines and sines of positions ``start`` to ``start + length``, each (length, d / 2)."""
         return self.cos[start : start + length], self.sin[start : start + length]
 
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions (B, T), each (B, T, d / 2)."""
+        return self.cos[places], self.sin[places]
+
+
+def characters(ids: Tensor, before: Tensor | None = None) -> Tensor:
+    """How many characters have begun at each of ids (B, T), after the tokens ``before`` (B, R),
+    -> (B, T). A token that is no byte is one of its own."""
+
+    def begun(ids: Tensor) -> Tensor:
+        return ((ids < 0x80) | (ids > 0xBF)).long()
+
+    count = begun(ids).cumsum(1)
+    return count if before is None else count + begun(before).sum(1, keepdim=True)
+
 
 def ngram_hashes(ids: Tensor, longest: int, reach: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Rolling hashes of the last 1, 2, ... ``longest`` tokens at each position but the first
@@ -153,9 +168,10 @@ Angles = tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Turns each pair (x[i], x[i + d/2]) by its position's angle. x: (B, T, ..., d) -> the same."""
-    shape = (x.shape[1],) + (1,) * (x.dim() - 3) + (-1,)
-    cos, sin = (a.to(x.dtype).view(shape) for a in angles)
+    """Turns each pair (x[i], x[i + d/2]) by its position's angle, (T, d / 2) or (B, T, d / 2).
+    x: (B, T, ..., d) -> the same."""
+    between = (1,) * (x.dim() - 3)
+    cos, sin = (a.to(x.dtype).view(*a.shape[:-1], *between, -1) for a in angles)
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
@@ -165,10 +181,12 @@ class Memory(NamedTuple):
 
     ``states`` (B, S, D); ``visible`` (B, S) is true where a position may be read, ``None`` where
     all may. A row with no visible position reads nothing: its cross attention adds zero.
+    ``places`` (B, S) says how many characters have begun.
     """
 
     states: Tensor
-    visible: Tensor | None = None
+    visible: Tensor | None
+    places: Tensor
 
 
 BLOCK = 128  # queries whose causal attention is computed together on a CPU
@@ -376,17 +394,23 @@ class DecoderBlock(nn.Module):
         x: Tensor,
         angles: Angles | None,
         memory: Memory | None = None,
+        cross_angles: Angles | None = None,
         memory_angles: Angles | None = None,
         cache: BlockCache | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D); without ``memory`` the cross attention adds nothing."""
+        """(B, T, D) -> (B, T, D); without ``memory`` the cross attention adds nothing.
+
+        Args:
+            angles, cross_angles: of the positions of ``x``, for self and for cross attention.
+            memory_angles: of those of the memory.
+        """
         own = None if cache is None else cache.own
         x = x + self.dropout(self.attn(self.norm_attn(x), angles=angles, cache=own))
         if self.cross is not None and self.norm_cross is not None and memory is not None:
             read = self.cross.attend_memory(
                 self.norm_cross(x),
                 memory,
-                angles=angles,
+                angles=cross_angles,
                 memory_angles=memory_angles,
                 cache=None if cache is None else cache.memory,
             )

@@ -22,6 +22,7 @@ from .layers import (
     NgramEmbedding,
     RMSNorm,
     Rotary,
+    characters,
     linear,
 )
 from .tokenizer import PAD, PLAN, VOCAB_SIZE
@@ -52,6 +53,10 @@ class Positions(nn.Module):
 
     def angles(self, start: int, length: int) -> Angles | None:
         return None if self.rotary is None else self.rotary(start, length)
+
+    def angles_at(self, places: Tensor) -> Angles | None:
+        """places: (B, T)."""
+        return None if self.rotary is None else self.rotary.at(places)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -123,41 +128,18 @@ class Planner(nn.Module):
         (B, G * K)."""
         return self.plan(self.read(prompt_ids))
 
-    def read(self, prompt_ids: Tensor, taught: Tensor | None = None) -> Memory:
-        """prompt_ids: (B, S) -> the prompt's states (B, S, D), and which of them are not PAD.
-
-        Args:
-            taught: (B,) bool, the rows whose states carry a gradient; all by default.
-        """
+    def read(self, prompt_ids: Tensor) -> Memory:
+        """prompt_ids: (B, S) -> the prompt's states (B, S, D), and which of them are not PAD."""
         is_token = prompt_ids != PAD
         visible = None if is_token.all() else is_token
-        if taught is None or taught.all():
-            return Memory(self._states(prompt_ids, visible), visible)
-
-        def read(rows: Tensor) -> Tensor:
-            return self._states(prompt_ids[rows], None if visible is None else visible[rows])
-
-        # Those first: autocast keeps the weights it casts, and without gradients if it first met
-        # them so.
-        learned = read(taught) if taught.any() else None
-        with torch.no_grad():
-            others = read(~taught)
-        states = others.new_empty(*prompt_ids.shape, others.shape[-1])
-        states[~taught] = others
-        if learned is not None:
-            states[taught] = learned
-        return Memory(states, visible)
-
-    def _states(self, ids: Tensor, visible: Tensor | None) -> Tensor:
-        """ids, visible: (B, S) -> (B, S, D)."""
-        x, angles = self.positions(self.tok_emb(ids))
+        x, angles = self.positions(self.tok_emb(prompt_ids))
         for block in self.blocks:
             x = block(x, angles, visible)
-        return self.norm(x)
+        return Memory(self.norm(x), visible, characters(prompt_ids))
 
     def plan(self, memory: Memory) -> tuple[Tensor, Tensor | None]:
         """States (B, S, D), mean-pooled without PAD -> plan (B, P), logits (B, G * K) or None."""
-        states, visible = memory
+        states, visible, _ = memory
         if visible is None:
             pooled = states.mean(1)
         else:
@@ -266,7 +248,8 @@ class Executor(nn.Module):
     ) -> Tensor:
         """The states from which each next token is foretold, (B, T, D); arguments as in `forward`.
         Adds to the cache."""
-        x = self.tok_emb(y_in, None if cache is None else cache.ids)
+        before = None if cache is None else cache.ids
+        x = self.tok_emb(y_in, before)
         start = 0 if cache is None else cache.length
         if cache is not None:
             cache.ids = y_in if cache.ids is None else torch.cat((cache.ids, y_in), dim=1)
@@ -274,9 +257,16 @@ class Executor(nn.Module):
             plan = self.tok_emb.weight[PLAN] + self.from_plan(plan_vec.to(x.dtype))
             x = torch.cat((plan[:, None].to(x.dtype), x), dim=1)
         x, angles = self.positions(x, start)
-        memory_angles = memory and self.positions.angles(0, memory.states.shape[1])
+        cross_angles = memory_angles = None
+        if memory is not None:
+            # Characters, not bytes: a letter that gains its accent moves nothing after it, and what
+            # is copied stays where it was, however long the prompt.
+            places = characters(y_in, before)
+            places = F.pad(places, (1, 0)) if start == 0 else places
+            cross_angles = self.positions.angles_at(places)
+            memory_angles = self.positions.angles_at(memory.places)
         for i, block in enumerate(self.blocks):
-            x = block(x, angles, memory, memory_angles, cache and cache.blocks[i])
+            x = block(x, angles, memory, cross_angles, memory_angles, cache and cache.blocks[i])
         return self.norm(x[:, 1:] if start == 0 else x)
 
 
@@ -312,7 +302,6 @@ class HRMModel(nn.Module):
         y_in: Tensor,
         y_out: Tensor,
         reads_memory: Tensor | None = None,
-        taught: Tensor | None = None,
         past: Tensor | None = None,
         leave_out: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -320,24 +309,28 @@ class HRMModel(nn.Module):
         the codebook logits. Other arguments as in `forward`.
 
         Args:
-            taught: see `Planner.read`.
             past, leave_out: see `Executor.nats`.
         """
-        plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory, taught)
+        plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory)
         nats = self.executor.nats(y_in, y_out, plan_vec, memory, past, leave_out)
         return *nats, code_logits
 
     def plan(
-        self, prompt_ids: Tensor, reads_memory: Tensor | None, taught: Tensor | None = None
+        self, prompt_ids: Tensor, reads_memory: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Memory | None]:
         """prompt_ids: (B, S) -> what the Executor gets of it: the plan (B, P) and, where it reads
-        it, the memory; between them the codebook logits."""
-        states = self.planner.read(prompt_ids, taught)
+        it, the memory; between them the codebook logits.
+
+        Where ``reads_memory`` is None, the Planner's blocks learn nothing: through the plan alone
+        the gradient of text is faint, and steps along it would carry them off at random.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and reads_memory is not None):
+            states = self.planner.read(prompt_ids)
         plan_vec, code_logits = self.planner.plan(states)
         if not self.config.memory or reads_memory is None:
             return plan_vec, code_logits, None
         visible = (prompt_ids != PAD) & reads_memory[:, None]
-        return plan_vec, code_logits, Memory(states.states, visible)
+        return plan_vec, code_logits, states._replace(visible=visible)
 
     def new_cache(self, memory: Memory | None = None) -> ExecutorCache:
         """An empty cache for the Executor, with room for PLAN and ``max_len`` tokens."""

@@ -12,9 +12,6 @@ from .layers import NgramEmbedding
 from .model import HRMModel
 
 NGRAM_LR = 10.0  # of lr: a row of the n-gram table is met rarely, so its steps are longer
-# ... of the Planner's blocks in pretraining: their gradient is faint there, and steps all of one
-# size would carry them off at random, so that finetuning would find nothing to read.
-PLANNER_LR = 0.01
 BETAS = (0.9, 0.95)  # of AdamW
 NEWTON_SCHULZ = 3  # steps of Muon; five take a tenth more of the time and bring no better text
 # Until which share of a run, the fraction of a batch and the pieces of a window.
@@ -25,48 +22,35 @@ GROWTH = ((0.35, 4, 4), (0.8, 2, 2))
 class Parameters:
     """A model's parameters, by how they are trained."""
 
-    planner: list[nn.Parameter]  # the 2-D weights in the Planner's blocks
-    executor: list[nn.Parameter]  # ... and in the Executor's
+    blocks: list[nn.Parameter]  # the 2-D weights in the blocks
     tables: list[nn.Parameter]  # n-gram tables, whose gradients are sparse
     rest: list[nn.Parameter]
 
     @classmethod
     def of(cls, model: HRMModel) -> Parameters:
-        planner, executor = (
-            [p for p in part.blocks.parameters() if p.ndim == 2]
-            for part in (model.planner, model.executor)
-        )
+        parts = (model.planner, model.executor)
+        blocks = [p for part in parts for p in part.blocks.parameters() if p.ndim == 2]
         embeddings = [m for m in model.modules() if isinstance(m, NgramEmbedding)]
         tables = [p for m in embeddings for p in m.parameters()]
-        taken = set(map(id, planner + executor + tables))
-        return cls(planner, executor, tables, [p for p in model.parameters() if id(p) not in taken])
+        taken = set(map(id, blocks + tables))
+        return cls(blocks, tables, [p for p in model.parameters() if id(p) not in taken])
 
     @property
     def dense(self) -> list[nn.Parameter]:
-        return self.planner + self.executor + self.rest
+        return self.blocks + self.rest
 
 
 def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices in the blocks, its steps scaled to the size of
     AdamW's (Liu et al. 2025, section 2.2), so that one learning rate serves both; AdamW for the
-    rest, without weight decay. In pretraining AdamW has the Planner's blocks, too: Muon's part of a
-    step would be a third longer with them. Each group's ``scale`` is its share of the learning
-    rate."""
-    pretraining = isinstance(options, PretrainConfig)
-    decay = {"weight_decay": options.weight_decay}
-    planner = {"params": parameters.planner, "scale": PLANNER_LR if pretraining else 1.0, **decay}
-    executor = {"params": parameters.executor, "scale": 1.0, **decay}
+    rest, without weight decay. Each group's ``scale`` is its share of the learning rate."""
+    blocks = {"params": parameters.blocks, "scale": 1.0, "weight_decay": options.weight_decay}
     rest = {"params": parameters.rest, "scale": 1.0, "weight_decay": 0.0}
     tables = {"params": parameters.tables, "scale": NGRAM_LR}
-    if options.optimizer == "adamw":
-        by_muon, by_adamw = [], [planner, executor, rest]
-    elif pretraining:
-        by_muon, by_adamw = [executor], [planner, rest]
-    else:
-        by_muon, by_adamw = [planner, executor], [rest]
     optimizers: list[Optimizer] = []
-    if by_muon:
-        optimizers += [Muon(by_muon, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")]
+    if options.optimizer == "muon":
+        optimizers += [Muon([blocks], ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")]
+    by_adamw = [rest] if options.optimizer == "muon" else [blocks, rest]
     optimizers += [AdamW(by_adamw, betas=BETAS, fused=True)]
     if parameters.tables and parameters.tables[0].device.type == "mps":
         optimizers += [AdamW([tables], betas=BETAS, weight_decay=0.0)]

@@ -149,8 +149,9 @@ class Decoder:
         if self.before is not None:
             self.before = self.before[rows.cpu()]
         if self.memory is not None:
-            states, visible = self.memory
-            self.memory = Memory(states[rows], None if visible is None else visible[rows])
+            states, visible, places = self.memory
+            visible = None if visible is None else visible[rows]
+            self.memory = Memory(states[rows], visible, places[rows])
         if self.cache is not None:
             self.cache.select(rows)
 

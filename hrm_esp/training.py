@@ -94,6 +94,15 @@ class RunState:
     skipped: int = 0
 
 
+class Step(NamedTuple):
+    """What an optimizer step met."""
+
+    n_tokens: int  # trained on
+    nats: float  # the loss of those that are shown: damaged text, in pretraining, is not
+    shown: int
+    usage: Tensor | None  # counts of the codes chosen, (G, K)
+
+
 class Score(NamedTuple):
     """Of some held-out data: less is better, and fewer errors come before fewer bits."""
 
@@ -135,7 +144,8 @@ def train_lm(
         HRMError: bad data or options, or a folder that holds a run.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
-    config, options = config or HRMConfig(), options or PretrainConfig()
+    options = options or PretrainConfig()
+    config = replace(config or HRMConfig(), memory=options.denoise > 0)
     device = device or choose_device()
     check_folder(options, "pretrain")
     paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
@@ -165,7 +175,7 @@ def train_lm(
 
     trainer = Trainer(
         model,
-        LMDataset(stream, config.max_len, options.planner_view, config.past_len),
+        LMDataset(stream, config.max_len, options.planner_view, config.past_len, options.denoise),
         options,
         stage="pretrain",
         data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
@@ -257,14 +267,14 @@ def announce(stage: str, model: HRMModel, dtype: torch.dtype, data: str) -> None
 
 
 def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
-    """The checkpoint's model, with cross attention to the prompt if asked for and not yet there.
+    """The checkpoint's model, with cross attention to the prompt or without, as asked for.
 
-    Its output is zero at first, so that the function starts as it was.
+    Where it is not there yet its output is zero at first, so that the function starts as it was.
 
     Raises:
-        HRMError: the checkpoint reads the prompt already and ``context`` is ``plan``.
+        HRMError: the checkpoint was finetuned to read the prompt, and ``context`` is ``plan``.
     """
-    if start.config.memory and options.context == "plan":
+    if start.config.memory and start.stage == "finetune" and options.context == "plan":
         raise HRMError("this checkpoint attends to the prompt: give --context memory")
     config = replace(
         start.config,
@@ -275,7 +285,10 @@ def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
     )
     model = HRMModel(config)
     missing, unexpected = model.load_state_dict(start.weights, strict=False)
-    if any("cross" not in name for name in missing) or any("codebook" not in u for u in unexpected):
+    dropped = ("cross", "codebook")
+    if any("cross" not in name for name in missing) or not all(
+        any(part in name for part in dropped) for name in unexpected
+    ):
         raise HRMError("the checkpoint's weights do not fit its config")
     return model
 
@@ -473,14 +486,14 @@ class Trainer:
             for group in self.groups():
                 lr = learning_rate(self.options, state.step, self.progress())
                 set_learning_rate(self.optimizers, lr)
-                nats, n_tokens, usage = self.step([batch for _, batch in group])
+                done = self.step([batch for _, batch in group])
                 state.step += 1
-                state.bytes_seen += n_tokens
+                state.bytes_seen += done.n_tokens
                 state.item = group[-1][0]
                 state.seconds = time.perf_counter() - begin
                 if epoch_is_over := state.item == len(self.data):
                     state.epoch, state.item = state.epoch + 1, 0
-                meter.add(nats, n_tokens, usage)
+                meter.add(done.nats, done.shown, done.usage)
                 meter.show(state, self.progress(), lr)
                 self.score_if_due()
                 if epoch_is_over:
@@ -500,16 +513,17 @@ class Trainer:
             if stopped():
                 raise Interrupted
 
-    def step(self, batches: list[Batch]) -> tuple[float, int, Tensor | None]:
-        """One optimizer step; its loss in nats, summed, its tokens, and counts of codes (G, K)."""
-        n_tokens = sum(int((b.y_out != PAD).sum()) for b in batches)
-        n_rows = sum(len(b.y_out) for b in batches)
-        nats, usage = 0.0, None
-        for batch in batches:
+    def step(self, batches: list[Batch]) -> Step:
+        """One optimizer step."""
+        sizes = [int((b.y_out != PAD).sum()) for b in batches]
+        n_tokens, n_rows = sum(sizes), sum(len(b.y_out) for b in batches)
+        nats, shown, usage = 0.0, 0, None
+        for batch, size in zip(batches, sizes, strict=True):
             batch = batch.to(self.device)
             with autocast(self.device, self.dtype):
                 mixed, alone, codes = self.model.nats(*batch, leave_out=True)
-            nats += mixed.sum().item()
+            if self.stage == "finetune" or batch.reads_memory is None:
+                nats, shown = nats + mixed.sum().item(), shown + size
             # Alone, too, the network is to foretell all: else it learns the counts' leavings only.
             loss = (mixed + alone).sum() / n_tokens
             if codes is not None:
@@ -535,7 +549,7 @@ class Trainer:
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return nats, n_tokens, usage
+        return Step(n_tokens, nats, shown, usage)
 
     def gradient_is_finite(self) -> bool:
         """Clips the gradient; false if any of it is NaN or infinite."""

@@ -7,10 +7,21 @@ import random
 import pytest
 import torch
 from conftest import CONFIG, random_model, tokens
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hrm_esp.config import HRMConfig
 from hrm_esp.errors import HRMError
-from hrm_esp.layers import FFN, MHA, Memory, NgramEmbedding, RMSNorm, Rotary, rotate
+from hrm_esp.layers import (
+    FFN,
+    MHA,
+    Memory,
+    NgramEmbedding,
+    RMSNorm,
+    Rotary,
+    characters,
+    rotate,
+)
 from hrm_esp.model import HRMModel
 from hrm_esp.tokenizer import BOS, PAD, VOCAB_SIZE
 
@@ -86,6 +97,19 @@ def plain_attention(
     return torch.cat(heads, -1) @ attention.out.weight.T
 
 
+@given(st.text(), st.integers(0, 40))
+def test_characters_are_counted_as_in_the_text(text: str, cut: int) -> None:
+    data = text.encode(errors="ignore")
+    ids = torch.tensor([[BOS, *data]])
+    count = characters(ids)[0].tolist()
+    assert count[-1] == 1 + len(data.decode())
+    assert count == [1 + len(data[:n].decode(errors="ignore")) + (
+        n > 0 and data[:n].decode(errors="ignore").encode() != data[:n]
+    ) for n in range(len(data) + 1)]  # fmt: skip
+    before, after = ids[:, :cut], ids[:, cut:]
+    assert characters(after, before)[0].tolist() == count[cut:]
+
+
 def test_attention_is_that_of_the_paper() -> None:
     blocks = random_model(memory=True)
     x, other = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
@@ -94,9 +118,11 @@ def test_attention_is_that_of_the_paper() -> None:
     full = blocks.planner.blocks[0].attn
     close(full(x), plain_attention(full, x, x, None))
     cross = blocks.executor.blocks[0].cross
-    close(cross.attend_memory(x, Memory(other)), plain_attention(cross, x, other, None))
+    places = torch.arange(7).expand(2, 7)
+    read = cross.attend_memory(x, Memory(other, None, places))
+    close(read, plain_attention(cross, x, other, None))
     visible = torch.tensor([[True] * 4 + [False] * 3, [False] * 7])
-    masked = cross.attend_memory(x, Memory(other, visible))
+    masked = cross.attend_memory(x, Memory(other, visible, places))
     close(masked[:1], plain_attention(cross, x[:1], other[:1, :4], None))
     assert (masked[1] == 0).all()
 
@@ -245,24 +271,20 @@ def test_a_new_model_predicts_all_bytes_alike() -> None:
     close(logits, torch.full_like(logits, -math.log(VOCAB_SIZE)))
 
 
-def test_the_planner_learns_from_the_taught_rows_alone() -> None:
-    model, ids = random_model(), tokens(5, 12)
-    for last in (65, PAD):
-        ids[1, -3:] = last
-        taught = torch.tensor([True, False, True, False, False])
-        all_taught, some_taught = (model.planner.read(ids, rows) for rows in (None, taught))
-        close(all_taught.states, some_taught.states)
-        weight = model.planner.blocks[0].ffn.out.weight
-        (expected,) = torch.autograd.grad(all_taught.states[taught].pow(3).sum(), weight)
-        (found,) = torch.autograd.grad(some_taught.states.pow(3).sum(), weight)
-        close(expected, found)
-        with torch.autocast("cpu", torch.bfloat16):
-            states = model.planner.read(ids, taught).states
-        model.planner.zero_grad()
-        states[taught].float().pow(3).sum().backward()
-        assert all(p.grad is not None and p.grad.any() for p in model.planner.blocks.parameters())
-    with torch.no_grad():
-        assert not model.planner.read(ids, taught).states.requires_grad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_planners_blocks_learn_where_their_states_may_be_read(dtype: torch.dtype) -> None:
+    model = random_model(memory=True, gumbel=True)
+    blocks = list(model.planner.blocks.parameters())
+    rest = [p for p in model.parameters() if all(p is not q for q in blocks)]
+    for reads, learn in ((None, False), (torch.tensor([True, False, True]), True)):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            logits, _ = model(tokens(3, 9), tokens(3, 5), reads)
+        logits.float().pow(2).sum().backward()
+        assert all((p.grad is not None) == learn for p in blocks)
+        assert model.planner.to_plan.weight.grad is not None
+        assert model.planner.codebook is not None and model.planner.codebook.codes.grad is not None
+        assert any(p.grad is not None and p.grad.any() for p in rest)
 
 
 def test_dropout_acts_in_training_only() -> None:

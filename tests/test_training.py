@@ -178,6 +178,11 @@ def test_finetuning_starts_from_the_same_function(corpus: Path) -> None:
     assert model_to_finetune(memory, FinetuneConfig()).config.memory
     with pytest.raises(HRMError, match="--context memory"):
         model_to_finetune(memory, FinetuneConfig(context="plan"))
+    restoring = random_model(memory=True)
+    start = Checkpoint(restoring.config, restoring.state_dict(), "pretrain")
+    with_plan = model_to_finetune(start, FinetuneConfig(context="plan"))
+    assert not with_plan.config.memory
+    torch.testing.assert_close(with_plan(prompt, y_in)[0], restoring(prompt, y_in)[0])
 
 
 @pytest.mark.parametrize("context", ["memory", "plan"])
@@ -209,16 +214,12 @@ def test_which_optimizer_has_which_parameters() -> None:
     model = random_model(memory=True)
     parameters = Parameters.of(model)
     names = {id(p): n for n, p in model.named_parameters()}
-    for part in ("planner", "executor"):
-        for p in getattr(parameters, part):
-            assert names[id(p)].startswith(f"{part}.blocks") and p.ndim == 2
+    for p in parameters.blocks:
+        assert "blocks" in names[id(p)] and p.ndim == 2
     assert all(p.ndim < 2 or "blocks" not in names[id(p)] for p in parameters.rest)
-    executor, both = parameters.executor, parameters.planner + parameters.executor
     for config, by_muon in (
-        (PretrainConfig(), executor),
+        (PretrainConfig(), parameters.blocks),
         (PretrainConfig(optimizer="adamw"), []),
-        (FinetuneConfig(), both),
-        (FinetuneConfig(optimizer="adamw"), []),
     ):
         built = {type(o).__name__: o for o in build_optimizers(parameters, config)}
         assert list(built) == [*(["Muon"] if by_muon else []), "AdamW", "SparseAdam"]
@@ -306,6 +307,7 @@ TRAIN_FLAGS = {
     "steps": 3, "batch_size": 2, "grad_accum": 2, "lr": 1e-3, "optimizer": "adamw",
     "weight_decay": 0.9, "warmup": 1, "decay": 1.0, "grad_clip": 1e-3, "codebook_penalty": 3.0,
     "precision": "bf16", "val_fraction": 0.5, "seed": 9, "planner_view": "previous", "grow": False,
+    "denoise": 0.99,
 }  # fmt: skip
 ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep", "resume",
              "overwrite", "memory"}  # fmt: skip
@@ -326,7 +328,7 @@ def test_every_setting_changes_what_is_trained(corpus: Path, tmp_path: Path, nam
     base = train_lm(corpus, CONFIG, options(tmp_path / "base", steps=2))
     other = train_lm(corpus, replace(CONFIG, **model), options(tmp_path / "other", **train))
     if model:
-        assert load_checkpoint(other.last).config == replace(CONFIG, **model)
+        assert load_checkpoint(other.last).config == replace(CONFIG, memory=True, **model)
     a, b = weights(base.last), weights(other.last)
     if {n: w.shape for n, w in a.items()} == {n: w.shape for n, w in b.items()}:
         assert not same(a, b)

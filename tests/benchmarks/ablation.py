@@ -19,10 +19,9 @@ ROWS: dict[str, dict[str, object]] = {
     "AdamW instead of Muon, lr 2e-3": {"optimizer": "adamw", "lr": 2e-3},
     "no QK-norm": {"qk_norm": False},
     "no zero-initialised outputs": {"zero_init": False},
-    "the Planner's blocks at the full learning rate": {"planner_lr": 1.0},
     "no n-gram counts": {"count_max": 0},
     "no counts of what came before the window": {"recent_len": 0},
-    "the Planner's blocks learn from every row": {"taught": 1},
+    "no damaged text to restore": {"denoise": 0.0},
     "no n-gram embeddings": {"ngram_max": 1},
     "full windows and batches from the start": {"grow": False},
     "Planner view: previous": {"planner_view": "previous"},
@@ -41,13 +40,11 @@ def train(job: tuple[str, argparse.Namespace, int]) -> tuple[str, int, float, in
     import torch
 
     torch.set_num_threads(1)
-    from hrm_esp import data, layers, model, optim
+    from hrm_esp import layers, model, optim
     from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
     from hrm_esp.training import train_lm
 
     changes = dict(ROWS[name])
-    data.TAUGHT = changes.pop("taught", data.TAUGHT)
-    optim.PLANNER_LR = changes.pop("planner_lr", optim.PLANNER_LR)
     if not changes.pop("zero_init", True):
         linear = layers.linear
         for module in (layers, model):

@@ -17,15 +17,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from hrm_esp.data import load_corpus_lines
+from hrm_esp.denoising import without_marks
 from hrm_esp.evaluation import edit_distance
-
-MARKS = "\u0301\u0303\u0308"  # acute, tilde, diaeresis
-
-
-def plain(text: str) -> str:
-    """Without accents: ``niño`` is ``nino``."""
-    apart = unicodedata.normalize("NFD", text)
-    return unicodedata.normalize("NFC", "".join(c for c in apart if c not in MARKS))
 
 
 def sentences(path: str, longest: int) -> Iterator[str]:
@@ -54,19 +47,19 @@ def main() -> None:
     args = parser.parse_args()
     targets = list(sentences(args.text, args.longest))
     with open(args.tsv, "w", encoding="utf-8") as file:
-        file.writelines(f"{plain(target)}\t{target}\n" for target in targets)
+        file.writelines(f"{without_marks(target)}\t{target}\n" for target in targets)
     print(f"{len(targets):,} pairs")
     if args.train:
         forms: dict[str, Counter[str]] = defaultdict(Counter)
         for line in load_corpus_lines(args.train):
             for word in re.findall(r"\w+", unicodedata.normalize("NFC", line)):
-                forms[plain(word)][word] += 1
+                forms[without_marks(word)][word] += 1
         usual = {word: seen.most_common(1)[0][0] for word, seen in forms.items()}
 
         def restore(text: str) -> str:
             return re.sub(r"\w+", lambda m: usual.get(m[0], m[0]), text)
 
-        prompts = [plain(t) for t in targets]
+        prompts = [without_marks(t) for t in targets]
         print(f"word errors as they are: {error_rate(prompts, targets):.2%}")
         print(
             f"word errors, most frequent form: {error_rate([*map(restore, prompts)], targets):.2%}"

@@ -15,11 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from accents import error_rate, plain
+from accents import error_rate
 
 from hrm_esp import FinetuneConfig, HRMConfig, load_model, train_ft
 from hrm_esp.config import SIZES
 from hrm_esp.data import dataset_tsv, load_corpus_lines
+from hrm_esp.denoising import without_marks
 from hrm_esp.evaluation import answers
 
 
@@ -36,7 +37,7 @@ def passages(path: str, shortest: int, longest: int, seed: int = 0) -> Iterator[
 
 
 def write_pairs(path: Path, targets: list[str]) -> Path:
-    path.write_text("".join(f"{plain(t)}\t{t}\n" for t in targets), encoding="utf-8")
+    path.write_text("".join(f"{without_marks(t)}\t{t}\n" for t in targets), encoding="utf-8")
     return path
 
 
@@ -67,7 +68,10 @@ def main() -> None:
             targets = [*passages(args.held_out, length - 10, length)][: args.rows]
             data = dataset_tsv(write_pairs(folder / f"{length}.tsv", targets), model.config.max_len)
             texts = [a.text for a in answers(model, data)]
-            kept = sum(plain(text) == plain(t) for text, t in zip(texts, targets, strict=True))
+            kept = sum(
+                without_marks(text) == without_marks(t)
+                for text, t in zip(texts, targets, strict=True)
+            )
             right = sum(text == t for text, t in zip(texts, targets, strict=True))
             n, errors = len(targets), error_rate(texts, targets)
             print(f"| {length} | {n} | {kept / n:.0%} | {right / n:.0%} | {errors:.1%} |")
