@@ -193,7 +193,11 @@ class TrainConfig:
         False, "training", "torch.compile the blocks: slow to start, then faster"
     )
     val_fraction: float = option(
-        0.05, "data", "share of the data held out and never trained on", low=0, below=1
+        0.05,
+        "data",
+        "share of the data held out and never trained on; of pairs at least 50, or a fifth",
+        low=0,
+        below=1,
     )
     encoding: str = option("utf-8", "data", "of the text files: latin-1, cp1252, utf-16, ...")
     seed: int = option(

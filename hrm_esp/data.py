@@ -34,6 +34,7 @@ BREAK = 10  # the byte between documents
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
 TRACE = 5e-4  # the share of undecodable bytes that is not worth a warning
 SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
+FEWEST = 50  # rows held out, if that is no more than a fifth
 CUTS = 5  # kinds of lengths in which text is restored: max_len, half of it, a quarter, ...
 HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
 
@@ -519,9 +520,12 @@ def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") 
 
 def split_pairs(data: TSVDataset, fraction: float, seed: int) -> tuple[TSVDataset, TSVDataset]:
     """Two datasets in random order: most rows, and about ``fraction`` of them held out, none of
-    which is among the others."""
+    which is among the others. Of few rows it is more, for a choice needs some: ``FEWEST``, or a
+    fifth of all; none where ``fraction`` is 0."""
     order = np.random.default_rng(seed).permutation(len(data))
     pairs, n = [data[i] for i in order], round(len(data) * fraction)
+    if fraction:
+        n = max(n, min(FEWEST, len(data) // 5))
     held_out = set(pairs[:n])  # a row may be there more than once
     rest = [pair for pair in pairs[n:] if pair not in held_out]
     return TSVDataset(rest, data.max_len), TSVDataset(pairs[:n], data.max_len)
