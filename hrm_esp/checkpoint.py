@@ -18,7 +18,7 @@ from .data import PathLike
 from .errors import HRMError
 from .model import HRMModel
 
-FORMAT = 2
+FORMAT = 3
 STAGES = ("pretrain", "finetune")
 
 

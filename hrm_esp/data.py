@@ -35,7 +35,7 @@ UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of s
 TRACE = 5e-4  # the share of undecodable bytes that is not worth a warning
 SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
 FEWEST = 50  # rows held out, if that is no more than a fifth
-CUTS = 5  # kinds of lengths in which text is restored: max_len, half of it, a quarter, ...
+CUTS = 5  # lengths at which text is restored: that of a window, half of it, a quarter, ...
 HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
 
 Stream = np.ndarray  # uint8, (N,)
@@ -317,19 +317,22 @@ class LMDataset(Sequence[Batch]):
         )
         return Batch(prompts, inputs, targets, past=past)
 
-    def damaged(self, starts: np.ndarray, random: np.random.Generator) -> Batch:
-        """The windows from each of ``starts`` on as pairs, a damaged text and what it was, of at
-        most ``max_len`` bytes or a half, a quarter, ... of that."""
-        pieces = 2 ** int(random.integers(CUTS))
+    def damaged(self, starts: np.ndarray, pieces: int, random: np.random.Generator) -> Batch:
+        """The windows from each of ``starts`` on as pairs, damaged lines and what they were, of at
+        most a window's ``pieces``, or a half, a quarter, ... of that."""
+        pieces *= 2 ** int(random.integers(CUTS))
         length = max(1, self.max_len // pieces)
         starts = (starts[:, None] + np.arange(pieces) * length).ravel()
-        pairs = []
+        lines = []
         for start in starts:
             size = int(random.integers(length // 2, length + 1))
             piece = bytes(self.stream[(start + np.arange(size)) % len(self.stream)])
-            text = piece.decode(errors="ignore").replace("\n", " ")
-            pairs.append(Pair(cut(damage(text, random).encode(), self.max_len), text.encode()))
-        return collate(pairs, self.max_len)
+            lines += piece.decode(errors="ignore").split("\n")
+        pairs = [
+            Pair(cut(damage(line, random).encode(), self.max_len), line.encode())
+            for line in filter(None, lines)
+        ]
+        return collate(pairs or [Pair(b"", b"")], self.max_len)
 
     def batches(
         self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0
@@ -352,7 +355,7 @@ class LMDataset(Sequence[Batch]):
             chosen = starts[skip : skip + n]
             skip = min(skip + n, len(starts))
             if random.random() < self.denoise:
-                yield skip, self.damaged(chosen, random)
+                yield skip, self.damaged(chosen, pieces, random)
             else:
                 yield skip, self.windows(chosen, pieces)
 

@@ -86,14 +86,14 @@ class Rotary(nn.Module):
 
 
 def characters(ids: Tensor, before: Tensor | None = None) -> Tensor:
-    """How many characters have begun at each of ids (B, T), after the tokens ``before`` (B, R),
-    -> (B, T). A token that is no byte is one of its own."""
+    """Which character each of ids (B, T) is part of, after the tokens ``before`` (B, R), counted
+    from 0, -> (B, T). A token that is no byte is one of its own."""
 
-    def begun(ids: Tensor) -> Tensor:
+    def begins(ids: Tensor) -> Tensor:
         return ((ids < 0x80) | (ids > 0xBF)).long()
 
-    count = begun(ids).cumsum(1)
-    return count if before is None else count + begun(before).sum(1, keepdim=True)
+    place = begins(ids).cumsum(1) - 1
+    return place if before is None else place + begins(before).sum(1, keepdim=True)
 
 
 def ngram_hashes(ids: Tensor, longest: int, reach: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -181,7 +181,7 @@ class Memory(NamedTuple):
 
     ``states`` (B, S, D); ``visible`` (B, S) is true where a position may be read, ``None`` where
     all may. A row with no visible position reads nothing: its cross attention adds zero.
-    ``places`` (B, S) says how many characters have begun.
+    ``places`` (B, S): which character each is part of.
     """
 
     states: Tensor

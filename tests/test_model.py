@@ -102,10 +102,9 @@ def test_characters_are_counted_as_in_the_text(text: str, cut: int) -> None:
     data = text.encode(errors="ignore")
     ids = torch.tensor([[BOS, *data]])
     count = characters(ids)[0].tolist()
-    assert count[-1] == 1 + len(data.decode())
-    assert count == [1 + len(data[:n].decode(errors="ignore")) + (
-        n > 0 and data[:n].decode(errors="ignore").encode() != data[:n]
-    ) for n in range(len(data) + 1)]  # fmt: skip
+    assert count[-1] == len(data.decode())
+    whole = [data[:n].decode(errors="ignore") for n in range(len(data) + 1)]
+    assert count == [len(w) + (w.encode() != data[:n]) for n, w in enumerate(whole)]
     before, after = ids[:, :cut], ids[:, cut:]
     assert characters(after, before)[0].tolist() == count[cut:]
 
