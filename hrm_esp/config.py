@@ -192,12 +192,14 @@ class TrainConfig:
     compile: bool = option(
         False, "training", "torch.compile the blocks: slow to start, then faster"
     )
-    val_fraction: float = option(
-        0.05,
+    val_fraction: float | None = option(
+        None,
         "data",
-        "share of the data held out and never trained on; of pairs at least 50, or a fifth",
+        "share of the data held out and never trained on (default: 0.05; of fewer than 1,000 pairs "
+        "50, or a fifth if that is less)",
         low=0,
         below=1,
+        type=float,
     )
     encoding: str = option("utf-8", "data", "of the text files: latin-1, cp1252, utf-16, ...")
     seed: int = option(
@@ -233,8 +235,8 @@ class PretrainConfig(TrainConfig):
     denoise: float = option(
         0.125,
         "training",
-        "share of the steps in which the Executor restores damaged text that it reads through the "
-        "Planner, which finetuning builds on",
+        "share of the batches in which the Executor restores damaged lines that the Planner reads; "
+        "finetuning builds on it",
         low=0,
         below=1,
     )

@@ -34,8 +34,9 @@ BREAK = 10  # the byte between documents
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of such a byte
 TRACE = 5e-4  # the share of undecodable bytes that is not worth a warning
 SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
-FEWEST = 50  # rows held out, if that is no more than a fifth
-CUTS = 5  # lengths at which text is restored: that of a window, half of it, a quarter, ...
+HELD_OUT = 0.05  # the share of the data, unless said
+FEWEST = 50  # pairs held out, unless said, if that is no more than a fifth
+HALVINGS, SHORTEST = 4, 8  # of a window, for text to restore; bytes
 HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
 
 Stream = np.ndarray  # uint8, (N,)
@@ -226,9 +227,10 @@ def map_tokens(file: IO[bytes] | Path, offset: int, files: Sequence[Path]) -> St
     return np.memmap(file, dtype=np.uint8, mode="r", offset=offset)
 
 
-def split_stream(stream: Stream, fraction: float) -> tuple[Stream, Stream]:
-    """The stream without its tail, and the tail: about ``fraction`` of it, whole documents if they
-    are not too long."""
+def split_stream(stream: Stream, fraction: float | None) -> tuple[Stream, Stream]:
+    """The stream without its tail, and the tail: about ``fraction`` of it (``None``: 5%), whole
+    documents if they are not too long."""
+    fraction = HELD_OUT if fraction is None else fraction
     cut = len(stream) - round(len(stream) * fraction)
     middle = (cut + len(stream)) // 2  # a document longer than half the tail is cut in two
     (breaks,) = np.nonzero(stream[cut:middle] == BREAK)
@@ -275,7 +277,7 @@ class LMDataset(Sequence[Batch]):
 
     Args:
         recent_len: bytes before each window that come with it as the ``past``.
-        denoise: the share of the batches that restore damaged text instead.
+        denoise: the share of the batches that are `damaged` lines instead.
     """
 
     def __init__(
@@ -318,21 +320,26 @@ class LMDataset(Sequence[Batch]):
         return Batch(prompts, inputs, targets, past=past)
 
     def damaged(self, starts: np.ndarray, pieces: int, random: np.random.Generator) -> Batch:
-        """The windows from each of ``starts`` on as pairs, damaged lines and what they were, of at
-        most a window's ``pieces``, or a half, a quarter, ... of that."""
-        pieces *= 2 ** int(random.integers(CUTS))
-        length = max(1, self.max_len // pieces)
-        starts = (starts[:, None] + np.arange(pieces) * length).ravel()
-        lines = []
-        for start in starts:
+        """Damaged lines and what they were, as pairs, from the windows from each of ``starts`` on.
+
+        Each of a window's ``pieces`` is halved some times at random, and each of the parts cut
+        short; a line of it, or what is there of the line, is a pair.
+        """
+        halved = pieces * 2 ** int(random.integers(HALVINGS + 1))
+        pieces = max(1, min(halved, self.max_len // SHORTEST))
+        length = self.max_len // pieces
+        lines: list[str] = []
+        for start in (starts[:, None] + np.arange(pieces) * length).ravel():
             size = int(random.integers(length // 2, length + 1))
-            piece = bytes(self.stream[(start + np.arange(size)) % len(self.stream)])
-            lines += piece.decode(errors="ignore").split("\n")
+            part = bytes(self.stream[(start + np.arange(size)) % len(self.stream)])
+            lines += filter(None, part.decode(errors="ignore").split("\n"))
         pairs = [
-            Pair(cut(damage(line, random).encode(), self.max_len), line.encode())
-            for line in filter(None, lines)
+            Pair(cut(damage(line, random).encode(), self.max_len), line.encode()) for line in lines
         ]
-        return collate(pairs or [Pair(b"", b"")], self.max_len)
+        data = TSVDataset(pairs or [Pair(b"", b"")], self.max_len)
+        # All of them, but for a few long lines among many short ones: that would mostly be PAD.
+        groups = data.groups(3 * len(starts), random.permutation(len(data)))
+        return data.collate(groups[random.integers(len(groups))])
 
     def batches(
         self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0
@@ -351,11 +358,11 @@ class LMDataset(Sequence[Batch]):
         random.shuffle(starts)
         while skip < len(starts):
             n, pieces = size()
-            random = np.random.default_rng((seed, epoch, skip))
+            draw = np.random.default_rng((seed, epoch, 1 + skip))
             chosen = starts[skip : skip + n]
             skip = min(skip + n, len(starts))
-            if random.random() < self.denoise:
-                yield skip, self.damaged(chosen, pieces, random)
+            if draw.random() < self.denoise:
+                yield skip, self.damaged(chosen, pieces, draw)
             else:
                 yield skip, self.windows(chosen, pieces)
 
@@ -419,7 +426,16 @@ class TSVDataset(Sequence[Pair]):
         return self.pairs[index]
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
-        return collate(pairs, self.max_len)
+        """Pairs as a batch. Of a row without a target the Planner reads BOS alone."""
+        prompts = [[BOS] if p.lm else prompt_tokens(p.prompt) for p in pairs]
+        targets = [[BOS, *p.target, EOS][: self.max_len + 1] for p in pairs]
+        return Batch(
+            pad(prompts),
+            pad([t[:-1] for t in targets]),
+            pad([t[1:] for t in targets]),
+            torch.tensor([not p.lm for p in pairs]),
+            past=pad_left([b"" if p.lm else p.prompt for p in pairs]),
+        )
 
     def groups(self, batch_size: int, order: np.ndarray) -> list[list[Pair]]:
         """The pairs in batches of at most ``batch_size * max_len`` tokens, PAD included.
@@ -462,19 +478,6 @@ class TSVDataset(Sequence[Pair]):
             behind += len(groups[i])
             if behind > skip:
                 yield behind, self.collate(groups[i])
-
-
-def collate(pairs: Sequence[Pair], max_len: int) -> Batch:
-    """Pairs as a batch. Of a row without a target the Planner reads BOS alone."""
-    prompts = [[BOS] if p.lm else prompt_tokens(p.prompt) for p in pairs]
-    targets = [[BOS, *p.target, EOS][: max_len + 1] for p in pairs]
-    return Batch(
-        pad(prompts),
-        pad([t[:-1] for t in targets]),
-        pad([t[1:] for t in targets]),
-        torch.tensor([not p.lm for p in pairs]),
-        past=pad_left([b"" if p.lm else p.prompt for p in pairs]),
-    )
 
 
 def pad(rows: list[list[int]]) -> Tensor:
@@ -521,14 +524,19 @@ def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") 
     return TSVDataset(pairs, max_len)
 
 
-def split_pairs(data: TSVDataset, fraction: float, seed: int) -> tuple[TSVDataset, TSVDataset]:
-    """Two datasets in random order: most rows, and about ``fraction`` of them held out, none of
-    which is among the others. Of few rows it is more, for a choice needs some: ``FEWEST``, or a
-    fifth of all; none where ``fraction`` is 0."""
-    order = np.random.default_rng(seed).permutation(len(data))
-    pairs, n = [data[i] for i in order], round(len(data) * fraction)
-    if fraction:
-        n = max(n, min(FEWEST, len(data) // 5))
-    held_out = set(pairs[:n])  # a row may be there more than once
-    rest = [pair for pair in pairs[n:] if pair not in held_out]
-    return TSVDataset(rest, data.max_len), TSVDataset(pairs[:n], data.max_len)
+def split_pairs(
+    data: TSVDataset, fraction: float | None, seed: int
+) -> tuple[TSVDataset, TSVDataset]:
+    """Two datasets in random order: most rows, and about ``fraction`` of the different ones held
+    out, none of which is among the others.
+
+    ``None`` is 5%, and of few rows more, for a choice needs some: 50, or a fifth.
+    """
+    pairs = [data[i] for i in np.random.default_rng(seed).permutation(len(data))]
+    different = list(dict.fromkeys(pairs))
+    n = round(len(different) * (HELD_OUT if fraction is None else fraction))
+    if fraction is None:
+        n = max(n, min(FEWEST, len(different) // 5))
+    held_out = set(different[:n])
+    rest = [pair for pair in pairs if pair not in held_out]
+    return TSVDataset(rest, data.max_len), TSVDataset(different[:n], data.max_len)

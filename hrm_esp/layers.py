@@ -64,30 +64,34 @@ def linear(d_in: int, d_out: int, *, zero: bool = False) -> nn.Linear:
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021, section 3.2), as angles looked up by position."""
+    """Rotary positions (Su et al. 2021, section 3.2): angles by position, the first ``capacity`` of
+    them from a table."""
 
+    frequency: Tensor
     cos: Tensor
     sin: Tensor
 
     def __init__(self, head_dim: int, capacity: int, base: float = 10_000.0) -> None:
         super().__init__()
         frequency = base ** -(torch.arange(0, head_dim, 2) / head_dim)
-        angle = torch.outer(torch.arange(capacity), frequency)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("frequency", frequency, persistent=False)
+        cos, sin = self.at(torch.arange(capacity))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions ``start`` to ``start + length``, each (length, d / 2)."""
         return self.cos[start : start + length], self.sin[start : start + length]
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions (B, T), each (B, T, d / 2)."""
-        return self.cos[places], self.sin[places]
+        """Cosines and sines of any positions (..., T), each (..., T, d / 2)."""
+        angle = places[..., None] * self.frequency
+        return angle.cos(), angle.sin()
 
 
 def characters(ids: Tensor, before: Tensor | None = None) -> Tensor:
     """Which character each of ids (B, T) is part of, after the tokens ``before`` (B, R), counted
-    from 0, -> (B, T). A token that is no byte is one of its own."""
+    from 0 where they begin with one, -> (B, T). A token that is no byte is one of its own."""
 
     def begins(ids: Tensor) -> Tensor:
         return ((ids < 0x80) | (ids > 0xBF)).long()
@@ -181,7 +185,7 @@ class Memory(NamedTuple):
 
     ``states`` (B, S, D); ``visible`` (B, S) is true where a position may be read, ``None`` where
     all may. A row with no visible position reads nothing: its cross attention adds zero.
-    ``places`` (B, S): which character each is part of.
+    ``places`` (B, S): which character each is part of, for rotary positions.
     """
 
     states: Tensor

@@ -36,8 +36,7 @@ class Positions(nn.Module):
         super().__init__()
         self.capacity = config.max_len + special
         rotary = config.positions == "rotary"
-        # Enough for either level: the Executor asks for the places of the Planner's states, too.
-        self.rotary = Rotary(config.head_dim, config.max_len + 2) if rotary else None
+        self.rotary = Rotary(config.head_dim, self.capacity) if rotary else None
         self.learned = None if rotary else nn.Embedding(self.capacity, config.d_model)
         if self.learned is not None:
             nn.init.normal_(self.learned.weight, std=0.5)
@@ -49,13 +48,10 @@ class Positions(nn.Module):
             raise ValueError(f"{end} positions, but the model has {self.capacity}")
         if self.learned is not None:
             return x + self.learned.weight[start:end].to(x.dtype), None
-        return x, self.angles(start, x.shape[1])
-
-    def angles(self, start: int, length: int) -> Angles | None:
-        return None if self.rotary is None else self.rotary(start, length)
+        return x, None if self.rotary is None else self.rotary(start, x.shape[1])
 
     def angles_at(self, places: Tensor) -> Angles | None:
-        """places: (B, T)."""
+        """places: (B, T), from any 0 on -> angles (rotary) or nothing (learned)."""
         return None if self.rotary is None else self.rotary.at(places)
 
 
@@ -129,7 +125,8 @@ class Planner(nn.Module):
         return self.plan(self.read(prompt_ids))
 
     def read(self, prompt_ids: Tensor) -> Memory:
-        """prompt_ids: (B, S) -> the prompt's states (B, S, D), and which of them are not PAD."""
+        """prompt_ids: (B, S) -> the prompt's states (B, S, D), which of them are not PAD, and the
+        characters they are of."""
         is_token = prompt_ids != PAD
         visible = None if is_token.all() else is_token
         x, angles = self.positions(self.tok_emb(prompt_ids))
@@ -192,6 +189,7 @@ class Executor(nn.Module):
         memory: Memory | None = None,
         cache: ExecutorCache | None = None,
         past: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """y_in: (B, T), plan_vec: (B, P) -> the logits of the token after each of y_in, (B, T, V).
 
@@ -200,11 +198,13 @@ class Executor(nn.Module):
             cache: what came before ``y_in``; ``[PLAN]`` is put in front only where it is empty.
             past: (B, R), the text before the window that begins with ``y_in``, for the counts
                 alone; none by default. Not to be given again with a cache that has read on.
+            places: (B, T), which character of the answer each of y_in is part of, for cross
+                attention; by default y_in begins the answer, or goes on from the cache.
 
         Raises:
             ValueError: more positions than ``max_len``.
         """
-        states = self.read(y_in, plan_vec, memory, cache)
+        states = self.read(y_in, plan_vec, memory, cache, places)
         logits = self.lm_head(states)
         if self.counts is None:
             return logits
@@ -245,6 +245,7 @@ class Executor(nn.Module):
         plan_vec: Tensor,
         memory: Memory | None = None,
         cache: ExecutorCache | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """The states from which each next token is foretold, (B, T, D); arguments as in `forward`.
         Adds to the cache."""
@@ -261,8 +262,9 @@ class Executor(nn.Module):
         if memory is not None:
             # Characters, not bytes: a letter that gains its accent moves nothing after it, and what
             # is copied stays where it was, however long the prompt.
-            places = characters(y_in, before)
-            places = F.pad(places, (1, 0)) if start == 0 else places
+            places = characters(y_in, before) if places is None else places
+            if start == 0:
+                places = torch.cat((places[:, :1], places), dim=1)  # PLAN
             cross_angles = self.positions.angles_at(places)
             memory_angles = self.positions.angles_at(memory.places)
         for i, block in enumerate(self.blocks):
@@ -290,8 +292,8 @@ class HRMModel(nn.Module):
         """prompt_ids: (B, S), y_in: (B, T) -> logits (B, T, V), codebook logits (B, G * K) or None.
 
         Args:
-            reads_memory: (B,) bool, the rows whose Executor may attend to the prompt; none by
-                default. Nothing to a model without cross attention.
+            reads_memory: (B,) bool, the rows whose Executor may attend to the prompt, if the model
+                has cross attention. By default none may, and the Planner's blocks learn nothing.
         """
         plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory)
         return self.executor(y_in, plan_vec, memory), code_logits

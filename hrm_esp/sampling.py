@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .data import as_inputs, encode_prompt, pad, pad_left, prompt_tokens, to_bytes
 from .errors import HRMError
-from .layers import Memory
+from .layers import Memory, characters
 from .model import ExecutorCache, HRMModel
 from .tokenizer import BOS, EOS, VOCAB_SIZE
 
@@ -140,7 +140,8 @@ class Decoder:
             if self.before is not None:
                 past = torch.cat((self.before, past), dim=1)
             past = past.to(self.model.device)
-        logits = self.model.executor(y_in, self.plan, self.memory, self.cache, past)
+        places = characters(tokens)[:, start + known :].to(self.model.device)
+        logits = self.model.executor(y_in, self.plan, self.memory, self.cache, past, places)
         return logits[:, -1].float().cpu()
 
     def select(self, rows: Tensor) -> None:
@@ -207,8 +208,8 @@ def stream(
     Args:
         prompt: any text; it is brought to NFC.
         mode: ``continue`` goes on where the prompt ends; ``answer`` starts anew, guided by the
-            plan of the prompt (and by its states, where the model was finetuned so). By default
-            ``answer`` for a finetuned model, else ``continue``.
+            plan of the prompt and, if the model has cross attention, by its states: a pretrained
+            one restores the prompt. By default ``answer`` for a finetuned model, else ``continue``.
         max_new_tokens: bytes to write at most; 512 by default, or ``min_new_tokens`` if larger.
         min_new_tokens: bytes to write at least.
         temperature: 0 is greedy; by default 0.8, to answer 0.

@@ -134,9 +134,11 @@ def train_lm(
     val: PathLike | None = None,
     device: torch.device | None = None,
 ) -> TrainResult:
-    """Pretrains on text: next-byte cross-entropy on windows of ``max_len``.
+    """Pretrains on text: next-byte cross-entropy on windows of ``max_len``. In ``options.denoise``
+    of the batches the Executor restores damaged lines that it reads through the Planner.
 
     Args:
+        config: of the model; its ``memory`` is set by ``options.denoise``.
         corpus: text files or folders.
         val: a text file to score on; by default the tail of the corpus, ``options.val_fraction``.
 
@@ -275,7 +277,7 @@ def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
         HRMError: the checkpoint was finetuned to read the prompt, and ``context`` is ``plan``.
     """
     if start.config.memory and start.stage == "finetune" and options.context == "plan":
-        raise HRMError("this checkpoint attends to the prompt: give --context memory")
+        raise HRMError("this checkpoint was finetuned to read the prompt: give --context memory")
     config = replace(
         start.config,
         memory=options.context == "memory",

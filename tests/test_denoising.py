@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from hrm_esp.data import Batch, LMDataset
 from hrm_esp.denoising import damage, mistype, without_marks
+from hrm_esp.evaluation import edit_distance
 from hrm_esp.tokenizer import BOS, EOS, PAD, ByteTokenizer
 
 TEXT = (
@@ -20,25 +21,24 @@ def test_only_the_marks_of_spanish_are_taken_off() -> None:
 
 
 @given(st.text(), st.integers(0, 9))
-def test_damage_is_text_and_the_same_for_a_seed(text: str, seed: int) -> None:
+def test_damage_is_the_same_for_a_seed(text: str, seed: int) -> None:
     first, again = (damage(text, np.random.default_rng(seed)) for _ in range(2))
     assert first == again
-    assert len(first) <= 2 * len(text)
 
 
-@given(st.text(min_size=1), st.integers(0, 9))
-def test_a_word_is_mistyped_in_one_place(word: str, seed: int) -> None:
-    typed = mistype(word, "x", np.random.default_rng(seed))
-    whole = {"", word.swapcase(), without_marks(word)}
-    assert typed in whole or abs(len(typed) - len(word)) <= 1
+def test_each_way_to_mistype_occurs() -> None:
+    typed = {mistype("señor", "x", np.random.default_rng(seed)) for seed in range(400)}
+    assert {"", "senor", "SEÑOR"} < typed
+    assert {"eñor", "xeñor", "xseñor", "esñor", "señr", "señox"} < typed
+    assert all(edit_distance(t, "señor") <= 2 for t in typed - {"", "SEÑOR"})
 
 
 def test_what_is_damaged_differs_and_mostly_survives() -> None:
     random, line = np.random.default_rng(0), TEXT.splitlines()[0]
     versions = {damage(line, random) for _ in range(200)}
     assert len(versions) > 100
-    kept = [sum(w in v for w in ("verdad", "dijo", "que", "hay", "los")) for v in versions]
-    assert np.mean(kept) > 3
+    kept = [sum(w in v for w in ("verdad", "dijo", "que", "hay")) for v in versions]
+    assert np.mean(kept) > 2.5
 
 
 def batches(denoise: float, seed: int = 0, skip: int = 0) -> list[tuple[int, Batch]]:
@@ -64,17 +64,26 @@ def test_what_is_restored_depends_on_where_the_epoch_stands_alone() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_text_restored_is_that_of_the_window(seed: int) -> None:
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_the_text_restored_is_that_of_the_window(seed: int, pieces: int) -> None:
     data, decode = LMDataset(STREAM, 64), ByteTokenizer().decode
     starts = np.array([5, 100])
-    batch = data.damaged(starts, 1, np.random.default_rng(seed))
+    batch = data.damaged(starts, pieces, np.random.default_rng(seed))
     assert batch.reads_memory is not None and batch.reads_memory.all()
     windows = [TEXT.encode()[s : s + 64].decode(errors="ignore") for s in starts]
     for prompt, y_in, y_out in zip(batch.prompt_ids, batch.y_in, batch.y_out, strict=True):
         assert prompt[0] == y_in[0] == BOS and prompt[prompt != PAD][-1] == EOS
         assert any(decode(y_out.tolist()) in window for window in windows)
-    written = sum(len(decode(row.tolist()).encode()) for row in batch.y_out)
-    assert 0.4 * 128 < written <= 128  # of two windows; rows end before a cut character
+    assert batch.y_out.shape[1] <= 64 // pieces + 1
+
+
+def test_a_long_line_among_many_short_ones_does_not_fill_memory() -> None:
+    text = ("sí\n" * 300 + "palabra " * 200 + "\n") * 20
+    data = LMDataset(np.frombuffer(text.encode(), dtype=np.uint8), 512)
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        batch = data.damaged(random.integers(len(text), size=8), 1, random)
+        assert batch.prompt_ids.numel() + batch.y_out.numel() <= 3 * 8 * 512
 
 
 def test_lines_are_restored_each_by_itself() -> None:

@@ -12,6 +12,7 @@ from hrm_esp import generate
 from hrm_esp.data import Pair, TSVDataset, encode_prompt
 from hrm_esp.errors import HRMError
 from hrm_esp.evaluation import score_pairs
+from hrm_esp.layers import characters
 from hrm_esp.sampling import (
     AFTER,
     ALLOWED,
@@ -53,7 +54,8 @@ def test_cached_logits_equal_those_of_the_window_alone(kind: dict[str, object]) 
             logits = decoder.next_logits(text[:, :n])
             start = window_start(n, 32)
             past = text[:, max(0, start - model.config.recent_len) : start]
-            plain = model.executor(text[:, start:n], plan, memory, past=past)[:, -1]
+            places = characters(text)[:, start:n]
+            plain = model.executor(text[:, start:n], plan, memory, past=past, places=places)[:, -1]
             torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
 
 

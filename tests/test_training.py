@@ -180,7 +180,7 @@ def test_finetuning_starts_from_the_same_function(corpus: Path) -> None:
         model_to_finetune(memory, FinetuneConfig(context="plan"))
     restoring = random_model(memory=True)
     start = Checkpoint(restoring.config, restoring.state_dict(), "pretrain")
-    with_plan = model_to_finetune(start, FinetuneConfig(context="plan"))
+    with_plan = model_to_finetune(start, FinetuneConfig(context="plan")).eval()
     assert not with_plan.config.memory
     torch.testing.assert_close(with_plan(prompt, y_in)[0], restoring(prompt, y_in)[0])
 
@@ -252,7 +252,7 @@ def test_the_penalty_wants_even_use_and_sure_choices() -> None:
 def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None:
     """Without noise, two batches of 2 windows make the step of one of 4."""
     config = replace(CONFIG, gumbel=False, ngram_dropout=0.0)
-    keywords = {"steps": 3, "optimizer": "adamw", "grow": False}
+    keywords = {"steps": 3, "optimizer": "adamw", "grow": False, "denoise": 0.0}
     one = train_lm(corpus, config, options(tmp_path / "a", **keywords))
     two = train_lm(corpus, config, options(tmp_path / "b", batch_size=2, grad_accum=2, **keywords))
     for name, value in weights(one.last).items():
@@ -341,7 +341,7 @@ def test_a_run_past_its_best_ends_early_and_keeps_it(
     (tmp_path / "val.txt").write_text("Érase que se era un rey sin corona.\n" * 9, encoding="utf-8")
     runs = {}
     for patience in (0, 1):
-        given = options(tmp_path / f"run{patience}", steps=160, patience=patience, keep=9)
+        given = options(tmp_path / f"run{patience}", steps=160, patience=patience, denoise=0.0)
         runs[patience] = train_lm(corpus, CONFIG, given, val=tmp_path / "val.txt")
         assert ("ending early" in capsys.readouterr().err) == (patience > 0)
     assert runs[0].steps == 160 > runs[1].steps
@@ -391,13 +391,30 @@ def test_compiled_training_equals_eager(corpus: Path, tmp_path: Path) -> None:
         train_lm(
             corpus,
             config,
-            options(tmp_path / str(c), steps=3, compile=c, grow=False, val_fraction=0),
+            options(tmp_path / str(c), steps=4, compile=c, grow=False, val_fraction=0, denoise=0.5),
         )
         for c in (False, True)
     )
     assert weights(eager.last).keys() == weights(compiled.last).keys()
     for name, value in weights(eager.last).items():
         torch.testing.assert_close(weights(compiled.last)[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_pretraining_teaches_the_planner_to_read_only_if_asked(
+    corpus: Path, tmp_path: Path
+) -> None:
+    for denoise in (0.0, 0.5):
+        given = options(tmp_path / str(denoise), steps=8, denoise=denoise)
+        torch.manual_seed(given.seed)
+        start = HRMModel(replace(CONFIG, memory=denoise > 0)).state_dict()
+        path = train_lm(corpus, CONFIG, given).last
+        trained = load_checkpoint(path)
+        assert trained.config.memory == (denoise > 0)
+        moved = {n for n, w in trained.weights.items() if n in start and not w.equal(start[n])}
+        for part in ("planner.blocks", "cross"):
+            assert any(part in name for name in moved) == (denoise > 0)
+        tuning = FinetuneConfig(steps=1, out_dir=str(tmp_path / str(denoise)))
+        assert train_ft(tmp_path / "pairs.tsv", path, tuning).steps == 1
 
 
 def test_windows_of_a_corpus_smaller_than_one() -> None:
