@@ -3,10 +3,11 @@
     pip install '.[bench]'
     python tests/benchmarks/peers.py corpus.txt held_out.txt --minutes 1 10
 
-The peer is a Hugging Face Llama with as many weights in its matrices (as many layers as Planner and
-Executor together), bytes as tokens, the same windows and batches, bf16 where the machine has it,
-and AdamW with a cosine schedule at each of ``--peer_lrs``; its best counts. Both are scored by the
-same windows. PPMd (order 12) and xz code the held-out text after the corpus.
+The peer is a Hugging Face Llama with as many weights in its matrices, cross attention aside (as
+many layers as Planner and Executor together), bytes as tokens, the same windows and batches, bf16
+where the machine has it, and AdamW with a cosine schedule at each of ``--peer_lrs``; its best
+counts. Both are scored by the same windows. PPMd (order 12) and xz code the held-out text after the
+corpus.
 """
 
 import argparse

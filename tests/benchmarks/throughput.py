@@ -3,10 +3,11 @@
     pip install '.[bench]'
     python tests/benchmarks/throughput.py corpus.txt --size small
 
-Full batches of full windows, optimizer included, beside a Hugging Face Llama with as many weights
-in its matrices (see peers.py), step by step in turn. Utilisation is what the matrix products of the
-forward and backward pass would take at the rate at which this machine multiplies matrices of such
-shapes, as a share of the time taken; those of the optimizer are shown apart.
+Full batches of full windows of text, none to be restored, optimizer included, beside a Hugging Face
+Llama with as many weights in its matrices (see peers.py), step by step in turn. Utilisation is what
+the matrix products of the forward and backward pass would take at the rate at which this machine
+multiplies matrices of such shapes, as a share of the time taken; those of the optimizer are shown
+apart.
 """
 
 import argparse
