@@ -68,12 +68,10 @@ class Meter:
         now = time.perf_counter()
         if now - self.shown_at < (0.5 if self.on_terminal else LOG_SECONDS) and progress < 1:
             return
+        bits = [f"train {self.nats / self.tokens / math.log(2):.3f}"] if self.tokens else []
+        bits += [] if state.val_bpb is None else [f"val {state.val_bpb:.3f}"]
         speed = (state.bytes_seen - self.bytes_then) / (now - self.since)
-        text = f"{speed:,.0f} B/s"
-        if state.val_bpb is not None:
-            text = f"val {state.val_bpb:.3f} bits/byte, {text}"
-        if self.tokens:
-            text = f"train {self.nats / self.tokens / math.log(2):.3f} {text}"
+        text = (f"{' '.join(bits)} bits/byte, " if bits else "") + f"{speed:,.0f} B/s"
         if state.val_errors is not None:
             text += f", {1 - state.val_errors:.1%} right"
         if self.usage is not None:
