@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 from .config import DEFAULT_DIR, HRMConfig
 from .data import PathLike
 from .errors import HRMError
+from .files import written_whole
 from .model import HRMModel
 
 FORMAT = 3
@@ -55,7 +54,7 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
-    """Writes beside ``path``, syncs, then renames: a crash leaves the old file or the new one.
+    """Writes a checkpoint; a crash leaves the old file or the new one.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -67,22 +66,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
         **{f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)},
         "config": asdict(checkpoint.config),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the new name survives a power cut
-        finally:
-            os.close(folder)
+    with written_whole(path) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: PathLike) -> Checkpoint:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .denoising import damage
 from .errors import HRMError
+from .files import written_whole
 from .tokenizer import BOS, EOS, PAD
 
 BREAK = 10  # the byte between documents
@@ -190,20 +191,15 @@ def load_stream(
 
 
 def build_token_file(path: Path, header: bytes, files: Sequence[Path], encoding: str) -> None:
-    """Writes beside ``path``, then renames; a failure leaves nothing behind."""
+    """Writes a token file; a failure leaves nothing behind."""
     is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with written_whole(path) as file:
             file.write(header)
             if not write_stream(files, file, encoding):
                 raise no_text(files)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
         if is_new:
             path.parent.rmdir()
         raise

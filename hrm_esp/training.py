@@ -50,7 +50,7 @@ from .optim import (
     learning_rate,
     set_learning_rate,
 )
-from .progress import Meter, entropy, scoring_bar
+from .progress import Meter, MetricsLog, entropy, scoring_bar
 from .tokenizer import PAD
 
 SCORED_OFTEN = 16_384  # bytes of held-out text scored while training
@@ -91,7 +91,8 @@ class RunState:
     best_errors: float | None = None
     worse: int = 0  # scorings clearly worse than the best, since that
     length: float = 1.0  # of what was asked for: less once the run is past its best
-    skipped: int = 0
+    skipped: int = 0  # steps in a row
+    skipped_in_all: int = 0
 
 
 class Step(NamedTuple):
@@ -100,6 +101,7 @@ class Step(NamedTuple):
     n_tokens: int  # trained on
     nats: float  # the loss of those that are shown: damaged text, in pretraining, is not
     shown: int
+    norm: float  # of the gradient, before it is clipped
     usage: Tensor | None  # counts of the codes chosen, (G, K)
 
 
@@ -483,7 +485,8 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model.train()
-        meter = Meter(self.stage, state)
+        log = MetricsLog(self.folder, self.stage, state.step if self.options.resume else -1)
+        meter = Meter(self.stage, state, log)
         with stop_signals() as stopped, meter.bar:
             for group in self.groups():
                 lr = learning_rate(self.options, state.step, self.progress())
@@ -495,9 +498,9 @@ class Trainer:
                 state.seconds = time.perf_counter() - begin
                 if epoch_is_over := state.item == len(self.data):
                     state.epoch, state.item = state.epoch + 1, 0
-                meter.add(done.nats, done.shown, done.usage)
+                meter.add(done.nats, done.shown, done.norm, done.usage)
                 meter.show(state, self.progress(), lr)
-                self.score_if_due()
+                self.score_if_due(log)
                 if epoch_is_over:
                     self.save_epoch()
                 if time.perf_counter() - self.state_saved_at > STATE_SECONDS:
@@ -509,7 +512,7 @@ class Trainer:
             if self.score_some is None:
                 self.save("best")
             else:
-                self.score()
+                self.score(log)
             self.save("last")
             self.save_state()
             if stopped():
@@ -537,12 +540,14 @@ class Trainer:
             self.scaler.scale(loss).backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        if self.gradient_is_finite():
+        norm = self.clip_gradient()
+        if math.isfinite(norm):
             self.state.skipped = 0
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
         else:
             self.state.skipped += 1
+            self.state.skipped_in_all += 1
             if self.state.skipped == MAX_SKIPPED:
                 raise HRMError(
                     f"{MAX_SKIPPED} steps in a row without a finite gradient: "
@@ -551,28 +556,28 @@ class Trainer:
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return Step(n_tokens, nats, shown, usage)
+        return Step(n_tokens, nats, shown, norm, usage)
 
-    def gradient_is_finite(self) -> bool:
-        """Clips the gradient; false if any of it is NaN or infinite."""
+    def clip_gradient(self) -> float:
+        """Clips the gradient; returns its norm before that, not finite if any of it is not."""
         norm = nn.utils.clip_grad_norm_(self.parameters.dense, self.options.grad_clip or math.inf)
         for table in self.parameters.tables:
             if table.grad is not None:
                 if table.grad.is_sparse:
                     table.grad = table.grad.coalesce()  # once, for the optimizer too
                 norm = norm + table.grad.norm()
-        return math.isfinite(norm.item())
+        return norm.item()
 
-    def score_if_due(self) -> None:
+    def score_if_due(self, log: MetricsLog) -> None:
         """Scores ``N_SCORES`` times a run; fewer if a timed run is too short for that."""
         state, due = self.state, int(self.progress() * N_SCORES)
         if state.scored < due < N_SCORES:
             state.scored = due
             expected = state.scoring + self.last_scoring
             if self.options.minutes is None or expected < SCORING_SHARE * state.seconds:
-                self.score()
+                self.score(log)
 
-    def score(self) -> None:
+    def score(self, log: MetricsLog) -> None:
         """Scores some held-out data, and keeps the model if it is the best so far."""
         if self.score_some is None:
             return
@@ -582,6 +587,8 @@ class Trainer:
         self.last_scoring = time.perf_counter() - start
         state.scoring += self.last_scoring
         state.val_errors, state.val_bpb = score
+        right = None if score.errors is None else 1 - score.errors
+        log.add(state, val_bpb=score.bpb, val_exact_match=right)
         best = (state.best_errors or 0.0, state.best_bpb or math.inf)
         if (score.errors or 0.0, score.bpb) < best or state.best_bpb is None:
             state.best_errors, state.best_bpb, state.worse = *score, 0

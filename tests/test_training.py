@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import torch
 from conftest import CONFIG, PAIRS, TEXT, random_model
 
-from hrm_esp import training
+from hrm_esp import progress, training
 from hrm_esp.checkpoint import Checkpoint, load_checkpoint, load_model
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
@@ -99,6 +100,39 @@ def test_resumed_equals_uninterrupted(
     assert same(weights(whole.last), weights(part.last))
     assert whole.bytes_seen == part.bytes_seen
     assert same(weights(whole.best), weights(part.best))
+
+
+def test_the_log_has_each_step_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run was stopped later than its state was saved, in the middle of a line."""
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    log = tmp_path / "run" / "metrics.jsonl"
+    signals = iter([False] * 8 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stop_signals", lambda: _Yielding(lambda: next(signals)))
+        with pytest.raises(Interrupted):
+            train_lm(corpus, CONFIG, options(tmp_path / "run", steps=16))
+    with open(log, "a") as file:
+        file.write('{"stage": "pretrain", "step": 10, "train_bpb": 9}\n{"stage": "pre')
+    train_lm(corpus, CONFIG, options(tmp_path / "run", steps=16, resume=True))
+    start = tmp_path / "run" / "pretrain_last.pt"
+    train_ft(tmp_path / "pairs.tsv", start, FinetuneConfig(steps=4, out_dir=str(log.parent)))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    pretrain = [line for line in lines if line["stage"] == "pretrain"]
+    steps = [line["step"] for line in pretrain if "lr" in line]
+    assert steps == list(range(1, 17))
+    assert [line["step"] for line in pretrain if "val_bpb" in line] == list(range(2, 17, 2))
+    assert set().union(*pretrain) == {
+        "stage", "step", "bytes_seen", "seconds", "train_bpb", "val_bpb", "lr", "grad_norm",
+        "bytes_per_second", "codes", "skipped",
+    }  # fmt: skip
+    finetune = [line for line in lines if line["stage"] == "finetune"]
+    assert any("val_exact_match" in line for line in finetune)
+    train_lm(corpus, CONFIG, options(tmp_path / "run", steps=2, overwrite=True))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line for line in lines if line["stage"] == "finetune"] == finetune
+    assert max(line["step"] for line in lines if line["stage"] == "pretrain") == 2
 
 
 class _Yielding:
