@@ -207,6 +207,9 @@ class TrainConfig:
     )
     out_dir: str = option(DEFAULT_DIR, "run", "folder for the checkpoints")
     keep: int = option(3, "run", "epoch checkpoints to keep, the newest", low=1)
+    save_every: float = option(
+        5.0, "run", "minutes between two saved states, from which a run can be resumed", above=0
+    )
     resume: bool = option(False, "run", "go on with the run in out_dir where it stopped")
     overwrite: bool = option(False, "run", "start anew in a folder that holds a run")
 

@@ -59,7 +59,6 @@ ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
 SCORING_SHARE = 0.04  # of the time of a timed run, its first scoring aside
 N_SCORES = 8  # times a run is scored, evenly spaced
 WORSE = 0.01  # bits per byte more than at the best: noise at a high learning rate is less
-STATE_SECONDS = 300.0  # between two states saved, from which a run can be resumed
 EPOCH_SECONDS = 10.0  # at least, between the checkpoints of two epochs of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
@@ -503,7 +502,7 @@ class Trainer:
                 self.score_if_due(log)
                 if epoch_is_over:
                     self.save_epoch()
-                if time.perf_counter() - self.state_saved_at > STATE_SECONDS:
+                if time.perf_counter() - self.state_saved_at > 60 * self.options.save_every:
                     self.save_state()
                 if stopped():
                     self.save("last")
@@ -639,5 +638,5 @@ def uncompiled(options: TrainConfig) -> AbstractContextManager[None]:
 
 def comparable(options: TrainConfig) -> dict[str, Any]:
     """The options that a resumed run must share."""
-    free = {"out_dir", "resume", "overwrite", "keep", "compile"}
+    free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every"}
     return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
