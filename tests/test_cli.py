@@ -72,7 +72,8 @@ def test_every_flag_of_the_design_is_there() -> None:
     flags = (
         "batch_size max_len lr d_model n_heads n_layers_enc n_layers_dec plan_dim n_plan_codes "
         "epochs steps minutes dropout cpu no_gumbel out_dir seed val val_fraction encoding "
-        "planner_view positions optimizer precision compile size device resume overwrite keep"
+        "planner_view positions optimizer precision compile size device resume overwrite keep "
+        "save_every denoise"
     ).split()
     text = subprocess.run(
         [sys.executable, "-m", "hrm_esp", "pretrain", "--help"], capture_output=True, text=True

@@ -343,8 +343,8 @@ TRAIN_FLAGS = {
     "precision": "bf16", "val_fraction": 0.5, "seed": 9, "planner_view": "previous", "grow": False,
     "denoise": 0.99,
 }  # fmt: skip
-ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep", "save_every", "resume",
-             "overwrite", "memory"}  # fmt: skip
+ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep",
+             "save_every", "resume", "overwrite", "memory"}  # fmt: skip
 
 
 def test_no_field_is_forgotten_below() -> None:
