@@ -108,7 +108,7 @@ class Score(NamedTuple):
 
     errors: float | None  # the share of the answers that are not right; of text none
     bpb: float  # bits per byte
-    rows: int = 0  # answered
+    rows: int = 1  # answered
 
 
 @dataclass(frozen=True)
