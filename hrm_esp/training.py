@@ -109,6 +109,7 @@ class Score(NamedTuple):
 
     errors: float | None  # the share of the answers that are not right; of text none
     bpb: float  # bits per byte
+    rows: int = 1  # answered
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def train_ft(
         rows = TSVDataset(held_out.pairs[:ROWS_OFTEN], held_out.max_len)
         score = score_pairs(model, rows, dtype)
         errors = None if score.exact_match is None else 1 - score.exact_match
-        return Score(errors, score.bits_per_byte)
+        return Score(errors, score.bits_per_byte, score.n)
 
     def score_all(model: HRMModel) -> PairScore:
         rows = TSVDataset(held_out.pairs[:ROWS_LAST], held_out.max_len)
@@ -585,14 +586,14 @@ class Trainer:
             score = self.score_some(self.model)
         self.last_scoring = time.perf_counter() - start
         state.scoring += self.last_scoring
-        state.val_errors, state.val_bpb = score
+        state.val_errors, state.val_bpb = score.errors, score.bpb
         right = None if score.errors is None else 1 - score.errors
         log.add(state, val_bpb=score.bpb, val_exact_match=right)
         best = (state.best_errors or 0.0, state.best_bpb or math.inf)
         if (score.errors or 0.0, score.bpb) < best or state.best_bpb is None:
-            state.best_errors, state.best_bpb, state.worse = *score, 0
+            state.best_errors, state.best_bpb, state.worse = score.errors, score.bpb, 0
             self.save("best")
-        elif score.bpb > state.best_bpb + WORSE:
+        elif is_worse(score, state.best_errors, state.best_bpb):
             state.worse += 1
             self.end_early()
 
@@ -629,6 +630,15 @@ class Trainer:
         return TrainResult(
             self.path("best"), self.path("last"), state.step, state.bytes_seen, state.seconds, final
         )
+
+
+def is_worse(score: Score, best_errors: float | None, best_bpb: float) -> bool:
+    """Whether a score is worse than the best by more than chance: in bits, and where there are
+    answers by a standard error of their share, too, for that often rises while bits do."""
+    if score.errors is None or best_errors is None:
+        return score.bpb > best_bpb + WORSE
+    noise = math.sqrt(best_errors * (1 - best_errors) / score.rows)
+    return score.bpb > best_bpb + WORSE and score.errors > best_errors + noise
 
 
 def uncompiled(options: TrainConfig) -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ from hrm_esp.training import (
     Interrupted,
     Score,
     codebook_penalty,
+    is_worse,
     model_to_finetune,
     train_ft,
     train_lm,
@@ -401,6 +402,22 @@ def test_the_best_is_that_with_the_most_right_answers(tmp_path: Path) -> None:
     trainer.run()
     best = load_checkpoint(trainer.path("best"))
     assert best.val_bpb == 1.5 and best.step == 12
+
+
+@pytest.mark.parametrize(
+    ("score", "worse"),
+    [
+        (Score(None, 1.52), True),
+        (Score(None, 1.505), False),
+        (Score(0.14, 0.08, 200), True),
+        (Score(0.12, 0.08, 200), False),  # so many more of 200 are right or not by chance
+        (Score(0.12, 0.08, 2000), True),
+        (Score(0.20, 0.05, 200), False),
+    ],
+)
+def test_worse_is_more_than_chance(score: Score, worse: bool) -> None:
+    best = (None, 1.5) if score.errors is None else (0.11, 0.06)
+    assert is_worse(score, *best) == worse
 
 
 def test_a_codebook_alone_is_warned_about(
