@@ -42,6 +42,7 @@ from .evaluation import (
     score_pairs,
     score_stream,
 )
+from .files import remove_partial
 from .model import HRMModel
 from .optim import (
     Parameters,
@@ -378,6 +379,7 @@ class Trainer:
         self.stale: list[Path] = []  # files of an overwritten run, until this one has its first
         self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
         self.last_scoring = 0.0  # seconds
+        remove_partial(self.folder)
         if options.resume:
             self.resume()
         else:

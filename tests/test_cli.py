@@ -18,6 +18,7 @@ from conftest import SMALL, Run
 from test_training import MODEL_FLAGS, TRAIN_FLAGS
 
 import hrm_esp
+from hrm_esp.checkpoint import load_checkpoint
 from hrm_esp.cli import build_parser, from_args, underscored
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 
@@ -283,11 +284,14 @@ def test_a_full_disk_is_one_line_and_loses_nothing(trained: Path, run: Run, tmp_
     assert not list((tmp_path / "other").glob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_is_saved_and_goes_on(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_interrupted_comes_to_the_same(
     trained: Path, run: Run, tmp_path: Path, number: int
 ) -> None:
-    args = ["pretrain", str(trained / "corpus.txt"), "--steps", "400", "--batch_size", "1", *SMALL]
+    args = ["pretrain", str(trained / "corpus.txt"), "--steps", "200", "--batch_size", "1",
+            "--save_every", "0.001", *SMALL]  # fmt: skip
+    whole = run(*args, "--out_dir", "whole")
+    assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen(
         [sys.executable, "-m", "hrm_esp", *args], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -296,13 +300,23 @@ def test_a_stopped_run_is_saved_and_goes_on(
         time.sleep(0.02)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
-    saved = torch.load(tmp_path / "checkpoints" / "pretrain_last.pt", weights_only=True)["step"]
-    assert 0 < saved < 400
-    out = run(*args, "--resume")
-    assert out.returncode == 0, out.stderr
-    last = torch.load(tmp_path / "checkpoints" / "pretrain_last.pt", weights_only=True)
-    assert last["step"] == 400
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
+    saved = load_checkpoint(tmp_path / "checkpoints" / "pretrain_state.pt")
+    assert 0 < saved.step < 200
+    part = run(*args, "--resume")
+    assert part.returncode == 0, part.stderr
+    for name in ("last", "best"):
+        one, other = (
+            load_checkpoint(tmp_path / folder / f"pretrain_{name}.pt")
+            for folder in ("whole", "checkpoints")
+        )
+        assert one.step == other.step and one.bytes_seen == other.bytes_seen
+        assert all(one.weights[key].equal(other.weights[key]) for key in one.weights)
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names == {p.name for p in (tmp_path / "whole").iterdir()}  # nothing half written
 
 
 def test_a_closed_pipe_is_no_error(trained: Path) -> None:
