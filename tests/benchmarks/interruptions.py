@@ -3,8 +3,8 @@
     python tests/benchmarks/interruptions.py corpus.txt --times 20
 
 Trains once without interruption, then as often as asked with SIGINT, SIGTERM or SIGKILL at a random
-moment, resumes, and compares the weights bit for bit. After each interruption every checkpoint under
-a final name has to be readable.
+moment, resumes, and compares the weights bit for bit. After each interruption every checkpoint
+under a final name has to be readable.
 """
 
 import argparse
