@@ -140,7 +140,9 @@ class Decoder:
             if self.before is not None:
                 past = torch.cat((self.before, past), dim=1)
             past = past.to(self.model.device)
-        places = characters(tokens)[:, start + known :].to(self.model.device)
+        places = None  # of use to cross attention alone
+        if self.memory is not None:
+            places = characters(tokens)[:, start + known :].to(self.model.device)
         logits = self.model.executor(y_in, self.plan, self.memory, self.cache, past, places)
         return logits[:, -1].float().cpu()
 

@@ -255,6 +255,8 @@ def test_which_optimizer_has_which_parameters() -> None:
     for config, by_muon in (
         (PretrainConfig(), parameters.blocks),
         (PretrainConfig(optimizer="adamw"), []),
+        (FinetuneConfig(), parameters.blocks),
+        (FinetuneConfig(optimizer="adamw"), []),
     ):
         built = {type(o).__name__: o for o in build_optimizers(parameters, config)}
         assert list(built) == [*(["Muon"] if by_muon else []), "AdamW", "SparseAdam"]
@@ -376,7 +378,9 @@ def test_a_run_past_its_best_ends_early_and_keeps_it(
     (tmp_path / "val.txt").write_text("Érase que se era un rey sin corona.\n" * 9, encoding="utf-8")
     runs = {}
     for patience in (0, 1):
-        given = options(tmp_path / f"run{patience}", steps=160, patience=patience, denoise=0.0)
+        given = options(
+            tmp_path / f"run{patience}", steps=160, patience=patience, keep=9, denoise=0.0
+        )
         runs[patience] = train_lm(corpus, CONFIG, given, val=tmp_path / "val.txt")
         assert ("ending early" in capsys.readouterr().err) == (patience > 0)
     assert runs[0].steps == 160 > runs[1].steps
