@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer, SparseAdam
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer, SparseAdam
 
 from .config import PretrainConfig, TrainConfig
+from .device import choose_precision
 from .layers import NgramEmbedding
 from .model import HRMModel
 
@@ -40,16 +43,58 @@ class Parameters:
         return self.blocks + self.rest
 
 
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024), its steps scaled to the size of AdamW's (Liu et al. 2025, section
+    2.2), so that one learning rate serves both.
+
+    PyTorch's multiplies in bfloat16 whatever the hardware, which takes some 40 times as long where
+    that is emulated, as on most laptops: here it is float32 there.
+    """
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum_buffer"], group["momentum"])
+                update = orthogonalized(
+                    update, group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonalized(x: Tensor, ns: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """A matrix (N, M) with its singular values near one, by Newton-Schulz iteration with the
+    coefficients ``ns`` (Jordan et al. 2024), in the precision its device is fast in."""
+    low = choose_precision(x.device)
+    y = x.to(torch.bfloat16 if low is torch.bfloat16 else torch.float32)
+    if is_tall := len(x) > x.shape[1]:
+        y = y.T
+    y = y / y.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=ns[1], alpha=ns[2]), y, beta=ns[0])
+    return y.T if is_tall else y
+
+
 def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices in the blocks, its steps scaled to the size of
-    AdamW's (Liu et al. 2025, section 2.2), so that one learning rate serves both; AdamW for the
-    rest, without weight decay. Each group's ``scale`` is its share of the learning rate."""
+    """Muon for the matrices in the blocks, AdamW for the rest, without weight decay. Each group's
+    ``scale`` is its share of the learning rate."""
     blocks = {"params": parameters.blocks, "scale": 1.0, "weight_decay": options.weight_decay}
     rest = {"params": parameters.rest, "scale": 1.0, "weight_decay": 0.0}
     tables = {"params": parameters.tables, "scale": NGRAM_LR}
     optimizers: list[Optimizer] = []
     if options.optimizer == "muon":
-        optimizers += [Muon([blocks], ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")]
+        optimizers += [Muon([blocks])]
     by_adamw = [rest] if options.optimizer == "muon" else [blocks, rest]
     optimizers += [AdamW(by_adamw, betas=BETAS, fused=True)]
     if parameters.tables and parameters.tables[0].device.type == "mps":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CONFIG, PAIRS, TEXT, random_model
 
-from hrm_esp import progress, training
+from hrm_esp import optim, progress, training
 from hrm_esp.checkpoint import Checkpoint, load_checkpoint, load_model
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
@@ -265,6 +265,26 @@ def test_which_optimizer_has_which_parameters() -> None:
         assert sorted(id(p) for ps in given.values() for p in ps) == sorted(
             map(id, model.parameters())
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """In bfloat16 to the bit; in float32 but for the rounding."""
+    monkeypatch.setattr(optim, "choose_precision", lambda _: dtype)
+    weights = [torch.randn(6, 24), torch.randn(24, 6)]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    one = optim.Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.2}])
+    other = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, ns_steps=optim.NEWTON_SCHULZ,
+                             adjust_lr_fn="match_rms_adamw")  # fmt: skip
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        one.step()
+        other.step()
+    rounding = 0.0 if dtype is torch.bfloat16 else 0.02
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=rounding)
 
 
 def test_warm_up_stable_decay() -> None:
