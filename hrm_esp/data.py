@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
 import unicodedata
 import zlib
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .denoising import damage
+from .distributed import say
 from .errors import HRMError
 from .files import written_whole
 from .tokenizer import BOS, EOS, PAD
@@ -62,10 +62,9 @@ class TextStats:
         if share > 0.2:
             raise HRMError(f"{name} is not text in {encoding}: give --encoding, or another file")
         if share > TRACE:
-            print(
+            say(
                 f"warning: {name}: {self.undecodable:,} bytes ({share:.1%}) are not {encoding} and "
-                "were left out; is it --encoding latin-1?",
-                file=sys.stderr,
+                "were left out; is it --encoding latin-1?"
             )
 
 
@@ -249,6 +248,16 @@ def as_targets(window: np.ndarray) -> np.ndarray:
     return ids
 
 
+class Shard(NamedTuple):
+    """Each ``of``-th item from ``rank`` on: what one of several processes takes."""
+
+    rank: int
+    of: int
+
+
+ALL = Shard(0, 1)
+
+
 class Batch(NamedTuple):
     """One batch: the Planner's ``prompt_ids`` (B, S), the Executor's ``y_in`` (B, T), the tokens to
     predict ``y_out`` (B, T), PAD where there is nothing to predict, and ``reads_memory`` (B,), the
@@ -260,6 +269,15 @@ class Batch(NamedTuple):
     y_out: Tensor
     reads_memory: Tensor | None = None
     past: Tensor | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """To predict."""
+        return int((self.y_out != PAD).sum())
+
+    def idle(self) -> Batch:
+        """The same with nothing to predict."""
+        return self._replace(y_out=torch.full_like(self.y_out, PAD))
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
@@ -315,7 +333,9 @@ class LMDataset(Sequence[Batch]):
         )
         return Batch(prompts, inputs, targets, past=past)
 
-    def damaged(self, starts: np.ndarray, pieces: int, random: np.random.Generator) -> Batch:
+    def damaged(
+        self, starts: np.ndarray, pieces: int, random: np.random.Generator, shard: Shard = ALL
+    ) -> Batch:
         """Damaged lines and what they were, as pairs, from the windows from each of ``starts`` on.
 
         Each of a window's ``pieces`` is halved some times at random, and each of the parts cut
@@ -335,16 +355,22 @@ class LMDataset(Sequence[Batch]):
         data = TSVDataset(pairs or [Pair(b"", b"")], self.max_len)
         # All of them, but for a few long lines among many short ones: that would mostly be PAD.
         groups = data.groups(3 * len(starts), random.permutation(len(data)))
-        return data.collate(groups[random.integers(len(groups))])
+        return data.share(groups[random.integers(len(groups))], shard)
 
     def batches(
-        self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0
+        self,
+        size: Callable[[], tuple[int, int]],
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        shard: Shard = ALL,
     ) -> Iterator[tuple[int, Batch]]:
         """All windows from a fresh offset, shuffled; the same for the same seed and epoch.
 
         Args:
             size: asked before each batch for its number of windows and the pieces of each.
             skip: windows to leave out.
+            shard: the part of each batch that is wanted.
 
         Yields:
             How many windows are behind, and the batch.
@@ -358,9 +384,11 @@ class LMDataset(Sequence[Batch]):
             chosen = starts[skip : skip + n]
             skip = min(skip + n, len(starts))
             if draw.random() < self.denoise:
-                yield skip, self.damaged(chosen, pieces, draw)
+                yield skip, self.damaged(chosen, pieces, draw, shard)
+            elif len(mine := chosen[shard.rank :: shard.of]):
+                yield skip, self.windows(mine, pieces)
             else:
-                yield skip, self.windows(chosen, pieces)
+                yield skip, self.windows(chosen[:1], pieces).idle()
 
 
 def dataset_lm(
@@ -433,6 +461,12 @@ class TSVDataset(Sequence[Pair]):
             past=pad_left([b"" if p.lm else p.prompt for p in pairs]),
         )
 
+    def share(self, pairs: Sequence[Pair], shard: Shard) -> Batch:
+        """The shard's pairs as a batch; if there are none, one with nothing to predict."""
+        if mine := pairs[shard.rank :: shard.of]:
+            return self.collate(mine)
+        return self.collate(pairs[:1]).idle()
+
     def groups(self, batch_size: int, order: np.ndarray) -> list[list[Pair]]:
         """The pairs in batches of at most ``batch_size * max_len`` tokens, PAD included.
 
@@ -456,13 +490,19 @@ class TSVDataset(Sequence[Pair]):
         return batches
 
     def batches(
-        self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int = 0
+        self,
+        size: Callable[[], tuple[int, int]],
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        shard: Shard = ALL,
     ) -> Iterator[tuple[int, Batch]]:
         """All pairs once, shuffled; the same for the same seed and epoch.
 
         Args:
             size: asked once for the tokens of a batch, in units of ``max_len``.
             skip: pairs to leave out.
+            shard: the part of each batch that is wanted.
 
         Yields:
             How many pairs are behind, and the batch.
@@ -473,7 +513,7 @@ class TSVDataset(Sequence[Pair]):
         for i in random.permutation(len(groups)):
             behind += len(groups[i])
             if behind > skip:
-                yield behind, self.collate(groups[i])
+                yield behind, self.share(groups[i], shard)
 
 
 def pad(rows: list[list[int]]) -> Tensor:
@@ -512,10 +552,9 @@ def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") 
     if not pairs:
         raise HRMError(f"no rows in {path}: give one 'prompt TAB target' a line")
     if n_cut:
-        print(
+        say(
             f"warning: {path}: {n_cut:,} of {len(pairs):,} pairs are longer than max_len "
-            f"({max_len} bytes) and were cut",
-            file=sys.stderr,
+            f"({max_len} bytes) and were cut"
         )
     return TSVDataset(pairs, max_len)
 

@@ -117,14 +117,17 @@ def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
     return options.lr * warm * max(0.0, left)
 
 
-def batch_shape(options: TrainConfig, max_len: int, progress: float) -> tuple[int, int]:
-    """Windows a batch, and the pieces each is cut into.
+def batch_shape(
+    options: TrainConfig, max_len: int, progress: float, n_processes: int = 1
+) -> tuple[int, int]:
+    """Windows a batch, of all processes together, and the pieces each is cut into.
 
     Short windows in small batches at first (Li et al. 2022): most of what is near is learned from
     them at a fraction of the time.
     """
+    batch_size = options.batch_size * n_processes
     if isinstance(options, PretrainConfig) and options.grow:
         for until, fewer, pieces in GROWTH:
             if progress < until and max_len % pieces == 0:
-                return max(1, options.batch_size // fewer), pieces
-    return options.batch_size, 1
+                return max(n_processes, batch_size // fewer), pieces
+    return batch_size, 1

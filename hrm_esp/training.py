@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ from . import __version__
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .config import FinetuneConfig, HRMConfig, PretrainConfig, TrainConfig
 from .data import (
+    ALL,
     Batch,
     LMDataset,
     PathLike,
+    Shard,
     TSVDataset,
     dataset_tsv,
     load_stream,
@@ -35,7 +38,19 @@ from .data import (
     text_files,
 )
 from .device import autocast, choose_device, choose_precision, keep_freed_memory
-from .errors import HRMError
+from .distributed import (
+    first_on_each_machine,
+    noticing_lost_peers,
+    parallel,
+    process_group,
+    rank,
+    say,
+    summed,
+    wait_for_all,
+    without_averaging,
+    world_size,
+)
+from .errors import HRMError, PeerLost
 from .evaluation import (
     PairScore,
     TextScore,
@@ -52,7 +67,6 @@ from .optim import (
     set_learning_rate,
 )
 from .progress import Meter, MetricsLog, entropy, scoring_bar
-from .tokenizer import PAD
 
 SCORED_OFTEN = 16_384  # bytes of held-out text scored while training
 SCORED_LAST = 1_000_000  # ... and at the end
@@ -70,7 +84,12 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def batches(
-        self, size: Callable[[], tuple[int, int]], seed: int, epoch: int, skip: int
+        self,
+        size: Callable[[], tuple[int, int]],
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        shard: Shard = ALL,
     ) -> Iterator[tuple[int, Batch]]: ...
 
 
@@ -98,11 +117,12 @@ class RunState:
 class Step(NamedTuple):
     """What an optimizer step met."""
 
-    n_tokens: int  # trained on
+    n_tokens: int  # trained on, in all processes
     nats: float  # the loss of those that are shown: damaged text, in pretraining, is not
     shown: int
     norm: float  # of the gradient, before it is clipped
-    usage: Tensor | None  # counts of the codes chosen, (G, K)
+    lr: float
+    usage: Tensor | None  # counts of the codes chosen, (G, K); in this process
 
 
 class Score(NamedTuple):
@@ -129,6 +149,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, after the run was saved."""
 
 
+@process_group()
 def train_lm(
     corpus: PathLike | Sequence[PathLike],
     config: HRMConfig | None = None,
@@ -152,13 +173,14 @@ def train_lm(
     options = options or PretrainConfig()
     config = replace(config or HRMConfig(), memory=options.denoise > 0)
     device = device or choose_device()
-    check_folder(options, "pretrain")
-    paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
-    held_out = None if val is None else load_stream([val], options.encoding)
-    files = [f for f in text_files(paths) if val is None or not f.samefile(val)]
-    if not files:
-        raise HRMError(f"{val} is all the text there is: give another --val, or none")
-    stream = load_stream(files, options.encoding, options.out_dir)
+    with first_on_each_machine():
+        check_folder(options, "pretrain")
+        paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
+        held_out = None if val is None else load_stream([val], options.encoding)
+        files = [f for f in text_files(paths) if val is None or not f.samefile(val)]
+        if not files:
+            raise HRMError(f"{val} is all the text there is: give another --val, or none")
+        stream = load_stream(files, options.encoding, options.out_dir)
     if held_out is None:
         stream, held_out = split_stream(stream, options.val_fraction)
     if not len(stream):
@@ -191,6 +213,7 @@ def train_lm(
     return trainer.result(score_all)
 
 
+@process_group()
 def train_ft(
     tsv: PathLike,
     start: PathLike | HRMConfig,
@@ -211,7 +234,8 @@ def train_ft(
     """
     options = options or FinetuneConfig()
     device = device or choose_device()
-    check_folder(options, "finetune")
+    with first_on_each_machine():
+        check_folder(options, "finetune")
     torch.manual_seed(options.seed)
     if isinstance(start, HRMConfig):
         checkpoint = Checkpoint(start, HRMModel(start).state_dict(), "pretrain")
@@ -231,10 +255,9 @@ def train_ft(
     model = model_to_finetune(checkpoint, options).to(device)
     if model.config.gumbel and options.context == "plan":
         bits = model.config.n_plan_groups * math.log2(model.config.n_plan_codes)
-        print(
+        say(
             "warning: with a codebook the plan says which of its codes a prompt has, about "
-            f"{bits:.3g} bits: give --no_gumbel for one that holds more, or --context memory",
-            file=sys.stderr,
+            f"{bits:.3g} bits: give --no_gumbel for one that holds more, or --context memory"
         )
     dtype = choose_precision(device, options.precision)
 
@@ -265,9 +288,10 @@ def train_ft(
 def announce(stage: str, model: HRMModel, dtype: torch.dtype, data: str) -> None:
     """Says on stderr what is about to be trained, and on what."""
     precision = str(dtype).removeprefix("torch.")
-    print(
-        f"{stage}: {model.n_parameters():,} parameters, {data}; {model.device} in {precision}",
-        file=sys.stderr,
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    say(
+        f"{stage}: {model.n_parameters():,} parameters, {data}; "
+        f"{model.device} in {precision}{processes}"
     )
 
 
@@ -324,6 +348,22 @@ def codebook_penalty(code_logits: Tensor) -> Tensor:
     return math.log(p.shape[-1]) - information.mean()
 
 
+def noise_seed(*key: int) -> int:
+    """A seed of 64 bits for each key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+class Loss(nn.Module):
+    """`HRMModel.nats` of a batch, as a module: that is what PyTorch makes parallel."""
+
+    def __init__(self, model: HRMModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.model.nats(*batch, leave_out=True)
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Lets a step finish on Ctrl-C or SIGTERM; yields a function that says whether one came."""
@@ -377,15 +417,18 @@ class Trainer:
         self.stale: list[Path] = []  # files of an overwritten run, until this one has its first
         self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
         self.last_scoring = 0.0  # seconds
-        remove_partial(self.folder)
+        self.is_first = rank() == 0  # and so the one that writes, shows and scores
+        if self.is_first:
+            remove_partial(self.folder)
         if options.resume:
             self.resume()
-        else:
+        elif self.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.stale = list(self.folder.glob(f"{stage}_*.pt"))
         if options.compile:
             for block in (*model.planner.blocks, *model.executor.blocks):
                 block.compile()
+        self.loss = parallel(Loss(model))
 
     def path(self, name: str) -> Path:
         return self.folder / f"{self.stage}_{name}.pt"
@@ -410,14 +453,11 @@ class Trainer:
 
     def save_state(self) -> None:
         """All that an exact continuation needs."""
-        cuda = self.device.type == "cuda"
         training = {
             "run": asdict(self.state),
             "settings": self.settings,
             "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
         self.save("state", training)
         self.state_saved_at = time.perf_counter()
@@ -442,9 +482,6 @@ class Trainer:
         for optimizer, content in zip(self.optimizers, training["optimizers"], strict=True):
             optimizer.load_state_dict(content)
         self.scaler.load_state_dict(training["scaler"])
-        torch.set_rng_state(training["random"])
-        if training["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(training["random_cuda"], self.device)
         self.state = RunState(**training["run"])
 
     def progress(self) -> float:
@@ -460,14 +497,15 @@ class Trainer:
         return min(1.0, done / state.length)
 
     def groups(self) -> Iterator[list[tuple[int, Batch]]]:
-        """The batches of each step, until the run is over."""
+        """This process's share of the batches of each step, until the run is over."""
+        n, shard = world_size(), Shard(rank(), world_size())
 
         def size() -> tuple[int, int]:
-            return batch_shape(self.options, self.model.config.max_len, self.progress())
+            return batch_shape(self.options, self.model.config.max_len, self.progress(), n)
 
         while self.progress() < 1:
             seed, state = self.options.seed, self.state
-            batches = self.data.batches(size, seed, state.epoch, state.item)
+            batches = self.data.batches(size, seed, state.epoch, state.item, shard)
             while group := list(itertools.islice(batches, self.options.grad_accum)):
                 yield group
                 if self.progress() >= 1:
@@ -479,65 +517,102 @@ class Trainer:
         Raises:
             HRMError: many steps in a row had no finite gradient.
             Interrupted: Ctrl-C or SIGTERM, after saving.
+            PeerLost: another process is gone; after saving.
         """
-        state = self.state
-        begin = time.perf_counter() - state.seconds
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model.train()
+        with stop_signals() as stopped:
+            try:
+                if self.is_first:
+                    self.lead(self.steps(stopped))
+                else:
+                    for _ in self.steps(stopped):
+                        pass
+                wait_for_all()  # the others for the first, which saves
+            except PeerLost:
+                if self.is_first:  # no step is half done
+                    self.save_state()
+                raise
+            if self.progress() < 1 or stopped():
+                raise Interrupted
+
+    def lead(self, steps: Iterator[Step]) -> None:
+        """Shows, scores and saves what the steps come to: what one of many processes does."""
+        state, epoch = self.state, self.state.epoch
         log = MetricsLog(self.folder, self.stage, state.step if self.options.resume else -1)
         meter = Meter(self.stage, state, log)
-        with stop_signals() as stopped, meter.bar:
-            for group in self.groups():
-                lr = learning_rate(self.options, state.step, self.progress())
-                set_learning_rate(self.optimizers, lr)
-                done = self.step([batch for _, batch in group])
-                state.step += 1
-                state.bytes_seen += done.n_tokens
-                state.item = group[-1][0]
-                state.seconds = time.perf_counter() - begin
-                if epoch_is_over := state.item == len(self.data):
-                    state.epoch, state.item = state.epoch + 1, 0
+        with meter.bar:
+            for done in steps:
                 meter.add(done.nats, done.shown, done.norm, done.usage)
-                meter.show(state, self.progress(), lr)
+                meter.show(state, self.progress(), done.lr)
                 self.score_if_due(log)
-                if epoch_is_over:
+                if state.epoch > epoch:
+                    epoch = state.epoch
                     self.save_epoch()
                 if time.perf_counter() - self.state_saved_at > 60 * self.options.save_every:
                     self.save_state()
-                if stopped():
-                    self.save("last")
-                    self.save_state()
-                    raise Interrupted
-            if self.score_some is None:
+            if self.progress() >= 1 and self.score_some is None:
                 self.save("best")
-            else:
+            elif self.progress() >= 1:
                 self.score(log)
             self.save("last")
             self.save_state()
-            if stopped():
-                raise Interrupted
+
+    def steps(self, stopped: Callable[[], bool]) -> Iterator[Step]:
+        """Trains a step at a time, until the run is over or, in any process, stopped."""
+        state = self.state
+        begin = time.perf_counter() - state.seconds
+        for group in self.groups():
+            done = self.step([batch for _, batch in group])
+            state.step += 1
+            state.bytes_seen += done.n_tokens
+            state.item = group[-1][0]
+            state.seconds = time.perf_counter() - begin
+            if state.item == len(self.data):
+                state.epoch, state.item = state.epoch + 1, 0
+            yield done
+            if self.agree(stopped()):
+                return
+
+    def agree(self, stop: bool) -> bool:
+        """Where the run stands is what the first process says; it stops where any is to."""
+        state = self.state
+        own = (state.seconds, state.length) if self.is_first else (0.0, 0.0)
+        state.seconds, state.length, n_to_stop = summed(*own, float(stop))
+        return n_to_stop > 0
 
     def step(self, batches: list[Batch]) -> Step:
-        """One optimizer step."""
-        sizes = [int((b.y_out != PAD).sum()) for b in batches]
-        n_tokens, n_rows = sum(sizes), sum(len(b.y_out) for b in batches)
-        nats, shown, usage = 0.0, 0, None
-        for batch, size in zip(batches, sizes, strict=True):
+        """One optimizer step; its batches are this process's share."""
+        lr = learning_rate(self.options, self.state.step, self.progress())
+        set_learning_rate(self.optimizers, lr)
+        # Noise is a function of the step alone, so that a resumed run draws what it would have.
+        torch.manual_seed(noise_seed(self.options.seed, self.state.step, rank()))
+        n_tokens, n_rows = summed(
+            sum(b.n_tokens for b in batches), sum(len(b.y_out) for b in batches)
+        )
+        nats, shown, usage = 0.0, 0.0, None
+        for i, batch in enumerate(batches):
+            size = batch.n_tokens
             batch = batch.to(self.device)
-            with autocast(self.device, self.dtype):
-                mixed, alone, codes = self.model.nats(*batch, leave_out=True)
-            if self.stage == "finetune" or batch.reads_memory is None:
-                nats, shown = nats + mixed.sum().item(), shown + size
-            # Alone, too, the network is to foretell all: else it learns the counts' leavings only.
-            loss = (mixed + alone).sum() / n_tokens
-            if codes is not None:
-                codes = codes.unflatten(-1, (self.model.config.n_plan_groups, -1))
-                chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()
-                usage = chosen if usage is None else usage + chosen
-                share = self.options.codebook_penalty * len(batch.y_out) / n_rows
-                loss = loss + share * codebook_penalty(codes)
-            self.scaler.scale(loss).backward()
+            is_last = i == len(batches) - 1
+            with nullcontext() if is_last else without_averaging(self.loss):
+                with autocast(self.device, self.dtype):
+                    mixed, alone, codes = self.loss(batch)
+                if self.stage == "finetune" or batch.reads_memory is None:
+                    nats, shown = nats + mixed.sum().item(), shown + size
+                # Alone, too, the network is to foretell all: else it learns the counts' leavings.
+                loss = (mixed + alone).sum() / n_tokens
+                if codes is not None:
+                    codes = codes.unflatten(-1, (self.model.config.n_plan_groups, -1))
+                    chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()
+                    usage = chosen if usage is None else usage + chosen
+                    share = self.options.codebook_penalty * len(batch.y_out) / n_rows
+                    loss = loss + share * codebook_penalty(codes)
+                # Gradients are averaged over the processes, and are to be summed.
+                with noticing_lost_peers():
+                    self.scaler.scale(loss * world_size()).backward()
+        nats, shown = summed(nats, shown)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self.clip_gradient()
@@ -556,7 +631,7 @@ class Trainer:
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return Step(n_tokens, nats, shown, norm, usage)
+        return Step(int(n_tokens), nats, int(shown), norm, lr, usage)
 
     def clip_gradient(self) -> float:
         """Clips the gradient; returns its norm before that, not finite if any of it is not."""
@@ -619,13 +694,14 @@ class Trainer:
     def result(self, score: Callable[[HRMModel], TextScore | PairScore]) -> TrainResult:
         """What the run came to, by the score of its best model."""
         final = None
-        if self.score_some is not None:
+        if self.is_first and self.score_some is not None:
             self.model.load_state_dict(load_checkpoint(self.path("best")).weights)
             try:
                 with uncompiled(self.options):
                     final = score(self.model)
             except KeyboardInterrupt as error:
                 raise Interrupted from error
+        wait_for_all()
         state = self.state
         return TrainResult(
             self.path("best"), self.path("last"), state.step, state.bytes_seen, state.seconds, final
