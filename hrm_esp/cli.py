@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import __version__
 from .config import DEFAULT_DIR, SIZES, FinetuneConfig, HRMConfig, PretrainConfig
-from .errors import HRMError
+from .errors import HRMError, PeerLost
 
 if TYPE_CHECKING:
     from .model import HRMModel
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SAMPLES = Path(__file__).parent / "samples"
 STORIES, NUMBERS = SAMPLES / "cuentos.txt", SAMPLES / "numeros.tsv"
+RANK = int(os.environ.get("RANK", 0))  # which of the processes that torchrun started this is
 GROUPS = ("data", "model", "training", "run")
 Config = TypeVar("Config")
 
@@ -77,13 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as error:
-        print(file=sys.stderr)
-        if type(error).__name__ == "Interrupted":
-            print(f"saved: go on with hrm-esp {shell(argv)} --resume", file=sys.stderr)
+        if RANK == 0:
+            print(file=sys.stderr)
+            if type(error).__name__ == "Interrupted":
+                print(f"saved: go on with {same_command(argv)} --resume", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader has gone, as in `hrm-esp generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except PeerLost as error:
+        return fail(str(error)) if RANK == 0 else 2
     except HRMError as error:
         return fail(str(error))
     except (MemoryError, OSError, RuntimeError) as error:
@@ -93,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(line: str) -> int:
-    print("hrm-esp: error: " + " ".join(line.split()), file=sys.stderr)
+    where = f"process {RANK}: " if RANK else ""
+    print(f"hrm-esp: error: {where}" + " ".join(line.split()), file=sys.stderr)
     return 2
 
 
@@ -121,10 +126,12 @@ def underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def shell(argv: Sequence[str]) -> str:
+def same_command(argv: Sequence[str]) -> str:
     import shlex
 
-    return shlex.join(a for a in argv if a not in ("--resume", "--overwrite"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "the same torchrun command and"
+    return shlex.join(["hrm-esp", *(a for a in argv if a not in ("--resume", "--overwrite"))])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -298,6 +305,8 @@ def run_finetune(args: argparse.Namespace) -> None:
 
 def report(result: TrainResult) -> None:
     """What a training came to, and where it is."""
+    if RANK:
+        return
     print(f"{result.bytes_seen:,} bytes seen in {result.steps:,} steps, {result.seconds:,.0f} s")
     if result.score is not None:
         print(f"held out: {result.score}")

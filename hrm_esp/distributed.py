@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -93,12 +94,20 @@ def first_on_each_machine() -> Iterator[None]:
         wait_for_all()
 
 
-def parallel(module: nn.Module) -> nn.Module:
-    """The module, its gradients averaged over all processes as they are computed."""
+def parallel(module: nn.Module, some_unused: bool) -> nn.Module:
+    """The module, its gradients averaged over all processes as they are computed.
+
+    Args:
+        some_unused: there are steps that leave some parameters without gradients.
+    """
     if world_size() == 1:
         return module
-    # A step on text leaves the Planner's blocks without gradients, one on pairs does not.
-    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of the codes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for it
+        return DistributedDataParallel(
+            module, find_unused_parameters=some_unused, broadcast_buffers=False
+        )
 
 
 def without_averaging(module: nn.Module) -> AbstractContextManager[None]:

@@ -428,7 +428,8 @@ class Trainer:
         if options.compile:
             for block in (*model.planner.blocks, *model.executor.blocks):
                 block.compile()
-        self.loss = parallel(Loss(model))
+        # Text leaves the Planner's blocks without gradients, pairs do not.
+        self.loss = parallel(Loss(model), some_unused=stage == "pretrain")
 
     def path(self, name: str) -> Path:
         return self.folder / f"{self.stage}_{name}.pt"
