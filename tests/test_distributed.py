@@ -92,7 +92,7 @@ def test_two_processes_are_one_with_twice_the_batch(
 
 
 def start(folder: Path, *args: object) -> "subprocess.Popen[str]":
-    flags = (*SMALL, "--steps", 200, "--batch_size", 2, "--save_every", 0.005, *args)
+    flags = (*SMALL, "--steps", 60, "--batch_size", 2, "--save_every", 0.005, *args)
     return subprocess.Popen(
         command(2, "-m", "hrm_esp", "pretrain", folder.parent / "corpus.txt", *flags,
                 "--out_dir", folder), env=ENVIRONMENT, text=True, stderr=subprocess.PIPE,
@@ -113,7 +113,7 @@ def test_stopped_by_the_cluster_and_resumed_it_is_the_same(corpus: Path) -> None
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
     assert "--resume" in stderr
-    assert 0 < load_checkpoint(part / "pretrain_state.pt").step < 200
+    assert 0 < load_checkpoint(part / "pretrain_state.pt").step < 60
     assert start(part, "--resume").wait() == 0
     one, other = (load_checkpoint(f / "pretrain_last.pt").weights for f in (whole, part))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -136,10 +136,10 @@ def test_a_process_that_dies_ends_the_run_and_loses_nothing(corpus: Path) -> Non
     errors = [line for line in stderr.splitlines() if line.startswith("hrm-esp: error: ")]
     assert len(errors) == 1 and "--resume" in errors[0], stderr
     saved = load_checkpoint(folder / "pretrain_state.pt")
-    assert 0 < saved.step < 200
+    assert 0 < saved.step < 60
     out = subprocess.run(
-        command(1, "-m", "hrm_esp", "pretrain", corpus, *SMALL, "--steps", 200, "--batch_size", 2,
+        command(1, "-m", "hrm_esp", "pretrain", corpus, *SMALL, "--steps", 60, "--batch_size", 2,
                 "--out_dir", folder, "--resume"), text=True, capture_output=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
-    assert load_checkpoint(folder / "pretrain_last.pt").step == 200
+    assert load_checkpoint(folder / "pretrain_last.pt").step == 60
