@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import zipfile
 from dataclasses import asdict, dataclass, fields
@@ -67,7 +69,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
         "config": asdict(checkpoint.config),
     }
     with written_whole(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+                raise  # those are what PyTorch makes of a file that cannot grow
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def load_checkpoint(path: PathLike) -> Checkpoint:

@@ -113,8 +113,6 @@ def machine_trouble(error: BaseException) -> str | None:
         return "out of memory: give a smaller --batch_size, --max_len or --size"
     if "C++ compiler" in text:
         return "--compile needs a C++ compiler: install one, or leave the flag out"
-    if "PytorchStreamWriter" in text or "unexpected pos" in text:  # torch.save on a full disk
-        return "the checkpoint could not be written: is the disk full?"
     return None
 
 

@@ -8,8 +8,10 @@ Shapes: B rows, T positions, N orders, D = d_model, V = vocab_size, E entries of
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from .config import RECENT_ORDERS, HRMConfig
 from .data import Stream, as_inputs, as_targets
+from .files import mapped
 from .layers import ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
@@ -73,9 +76,26 @@ class NgramCounts(nn.Module):
         self.by_state = nn.Linear(config.d_model, n, bias=False)
         nn.init.zeros_(self.by_state.weight)
 
-    def count(self, stream: Stream) -> None:
-        """Makes the table from a stream of bytes."""
-        stream = np.concatenate([stream[i : i + PIECE] for i in counted_pieces(len(stream))])
+    def count(self, stream: Stream, path: Path | None = None) -> None:
+        """Makes the table from a stream of bytes; reads it from the file ``path`` instead if that
+        holds it, and keeps it there."""
+        text = np.concatenate([stream[i : i + PIECE] for i in counted_pieces(len(stream))])
+        if path is None:
+            self.entries, self.cumulative = self._tabulate(text)
+            return
+
+        def write(file: IO[bytes]) -> None:
+            for part in self._tabulate(text):
+                file.write(part.numpy().data)
+
+        key = f"1 {self.orders} {len(text)} {zlib.crc32(text.data):08x}"
+        data = mapped(path, key, write)
+        split = len(data) // 12 * 8  # an int64 for each entry, and an int32 for each and one more
+        self.entries = torch.from_numpy(data[:split].view(np.int64))
+        self.cumulative = torch.from_numpy(data[split:].view(np.int32))
+
+    def _tabulate(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """The ``entries`` and ``cumulative`` of a stream."""
         tokens = torch.from_numpy(as_inputs(stream[:-1]))
         targets = torch.from_numpy(as_targets(stream[1:]))
         entries, counts = [self.entries[-1:]], [torch.zeros(1, dtype=torch.int64)]
@@ -93,8 +113,8 @@ class NgramCounts(nn.Module):
             )
             known.zero_()
             known[places[order_of[met[which] > 1]]] = True
-        self.entries, order_of = torch.cat(entries).sort()
-        self.cumulative = F.pad(torch.cat(counts)[order_of].cumsum(0), (1, 0)).int()
+        table, order_of = torch.cat(entries).sort()
+        return table, F.pad(torch.cat(counts)[order_of].cumsum(0), (1, 0)).int()
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("entries", "cumulative"):  # as long as the text made them

@@ -28,7 +28,7 @@ from torch import Tensor
 from .denoising import damage
 from .distributed import say
 from .errors import HRMError
-from .files import written_whole
+from .files import mapped
 from .tokenizer import BOS, EOS, PAD
 
 BREAK = 10  # the byte between documents
@@ -38,7 +38,6 @@ SUFFIXES = (".txt", ".txt.gz")  # what is taken from a folder
 HELD_OUT = 0.05  # the share of the data, unless said
 FEWEST = 50  # pairs held out, unless said, if that is no more than a fifth
 HALVINGS, SHORTEST = 4, 8  # of a window, for text to restore; bytes
-HEADER = 4096  # of a token file: one page, so that the tokens after it stay aligned
 
 Stream = np.ndarray  # uint8, (N,)
 PathLike = str | os.PathLike[str]
@@ -149,8 +148,12 @@ def text_files(paths: Sequence[PathLike]) -> list[Path]:
     return files
 
 
-def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> int:
-    """Writes the documents of ``files``, a line break after each; returns how many."""
+def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> None:
+    """Writes the documents of ``files``, a line break after each.
+
+    Raises:
+        HRMError: a file that cannot be read, or no text in any.
+    """
     documents = 0
     for path in files:
         stats = TextStats()
@@ -158,7 +161,8 @@ def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> int:
             out.write(to_bytes(line) + b"\n")
         stats.warn(path, encoding)
         documents += stats.documents
-    return documents
+    if not documents:
+        raise HRMError(f"no text in {', '.join(map(str, files[:3]))}")
 
 
 def load_stream(
@@ -178,48 +182,17 @@ def load_stream(
     if token_dir is None:
         with tempfile.TemporaryFile() as file:
             write_stream(files, file, encoding)
-            return map_tokens(file, 0, files)
+            file.flush()
+            return np.memmap(file, dtype=np.uint8, mode="r")
     sources = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    fingerprint = json.dumps([1, encoding, sources])
-    header = hashlib.sha256(fingerprint.encode()).hexdigest().encode().ljust(HEADER)
-    names = json.dumps([encoding, [name for name, _, _ in sources]])
-    path = Path(token_dir) / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.tokens"
-    if not (path.is_file() and has_header(path, header)):
-        build_token_file(path, header, files, encoding)
-    return map_tokens(path, HEADER, files)
+    key = digest([1, encoding, sources])
+    path = Path(token_dir) / f"{digest([encoding, [name for name, _, _ in sources]])[:16]}.tokens"
+    return mapped(path, key, lambda file: write_stream(files, file, encoding))
 
 
-def build_token_file(path: Path, header: bytes, files: Sequence[Path], encoding: str) -> None:
-    """Writes a token file; a failure leaves nothing behind."""
-    is_new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with written_whole(path) as file:
-            file.write(header)
-            if not write_stream(files, file, encoding):
-                raise no_text(files)
-    except BaseException:
-        if is_new:
-            path.parent.rmdir()
-        raise
-
-
-def has_header(path: Path, header: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(header)) == header
-
-
-def no_text(files: Sequence[Path]) -> HRMError:
-    return HRMError(f"no text in {', '.join(map(str, files[:3]))}")
-
-
-def map_tokens(file: IO[bytes] | Path, offset: int, files: Sequence[Path]) -> Stream:
-    if not isinstance(file, Path):
-        file.flush()
-    size = file.stat().st_size if isinstance(file, Path) else os.fstat(file.fileno()).st_size
-    if size <= offset:
-        raise no_text(files)
-    return np.memmap(file, dtype=np.uint8, mode="r", offset=offset)
+def digest(value: object) -> str:
+    """A hash of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def split_stream(stream: Stream, fraction: float | None) -> tuple[Stream, Stream]:

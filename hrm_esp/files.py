@@ -1,15 +1,20 @@
-"""Files that are never half written."""
+"""Files that are never half written, and those that are read where they lie."""
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 PARTIAL = ".partial"  # how the names of files end that are not yet whole
+HEADER = 4096  # of a mapped file: one page, so that what comes after it stays aligned
 
 
 def remove_partial(folder: Path) -> None:
@@ -26,15 +31,15 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -42,3 +47,50 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(folder)  # so that the new name survives a power cut
         finally:
             os.close(folder)
+
+
+def mapped(path: Path, key: str, write: Callable[[IO[bytes]], None]) -> np.ndarray:
+    """The bytes that ``write`` writes, memory-mapped from the file ``path``.
+
+    It is written where it is not there, damaged, or of another ``key``, which says what it was made
+    from; a failure leaves nothing behind.
+
+    Returns:
+        uint8, (N,); what is changed of it stays in memory.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    if not is_whole(path, key):
+        is_new = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with written_whole(path) as file:
+                file.write(bytes(HEADER))
+                write(file)
+                start = header(key, file)
+                file.seek(0)
+                file.write(start)
+        except BaseException:
+            if is_new:
+                path.parent.rmdir()
+            raise
+    return np.memmap(path, dtype=np.uint8, mode="c", offset=HEADER)
+
+
+def is_whole(path: Path, key: str) -> bool:
+    """Whether a mapped file is there, of this key and undamaged."""
+    if not path.is_file() or path.stat().st_size <= HEADER:
+        return False
+    with open(path, "rb") as file:
+        return file.read(HEADER) == header(key, file)
+
+
+def header(key: str, file: IO[bytes]) -> bytes:
+    """What a mapped file begins with: the key, and the size and checksum of the rest."""
+    file.seek(HEADER)
+    size = checksum = 0
+    while block := file.read(2**20):
+        size, checksum = size + len(block), zlib.crc32(block, checksum)
+    fields = {"key": key, "bytes": size, "crc32": checksum}
+    return json.dumps(fields).encode().ljust(HEADER)

@@ -188,7 +188,8 @@ def train_lm(
     torch.manual_seed(options.seed)
     model = HRMModel(config)
     if model.executor.counts is not None:
-        model.executor.counts.count(stream)
+        with first_on_each_machine():
+            model.executor.counts.count(stream, Path(options.out_dir) / "ngrams.counts")
     model.to(device)
     dtype = choose_precision(device, options.precision)
 
@@ -535,8 +536,21 @@ class Trainer:
                 if self.is_first:  # no step is half done
                     self.save_state()
                 raise
+            except OSError as error:
+                raise self.cannot_write(error) from error
             if self.progress() < 1 or stopped():
                 raise Interrupted
+
+    def cannot_write(self, error: OSError) -> HRMError:
+        """What is left, and what to do."""
+        saved = list(self.folder.glob(f"{self.stage}_*.pt"))
+        left = "nothing of this run is saved"
+        if not self.stale and saved:
+            newest = max(saved, key=lambda path: path.stat().st_mtime_ns)
+            left = f"the newest checkpoint is {newest}"
+        if not self.stale and self.path("state").is_file():
+            left += "; free some space and go on with --resume"
+        return HRMError(f"{error.filename or self.folder}: {error.strerror or error}; {left}")
 
     def lead(self, steps: Iterator[Step]) -> None:
         """Shows, scores and saves what the steps come to: what one of many processes does."""

@@ -1,5 +1,6 @@
 """What the tests share: the real command, and small models with nothing left at zero."""
 
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +60,19 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     ids = torch.randint(*LETTERS, shape, generator=torch.Generator().manual_seed(seed))
     ids[:, 0] = BOS
     return ids
+
+
+def damaged(data: bytes, times: int) -> list[bytes]:
+    """Cut anywhere, or with a bit flipped anywhere."""
+    chance, found = random.Random(0), []
+    for i in range(times):
+        broken = bytearray(data)
+        if i % 2:
+            broken[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        else:
+            del broken[chance.randrange(len(data)) :]
+        found.append(bytes(broken))
+    return found
 
 
 @pytest.fixture

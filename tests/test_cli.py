@@ -284,6 +284,32 @@ def test_a_full_disk_is_one_line_and_loses_nothing(trained: Path, run: Run, tmp_
     assert not list((tmp_path / "other").glob(".*"))
 
 
+def test_a_disk_that_is_full_later_leaves_a_checkpoint_and_names_it(
+    trained: Path, run: Run, tmp_path: Path
+) -> None:
+    """There is room for checkpoints, not for the state, which is larger."""
+    import resource
+
+    sizes = [
+        (trained / "checkpoints" / f"pretrain_{kind}.pt").stat().st_size
+        for kind in ("best", "state")
+    ]
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (sum(sizes) // 2,) * 2)
+
+    args = ("pretrain", trained / "corpus.txt", "--steps", "8", "--batch_size", "4", *SMALL)
+    out = run(*args, preexec_fn=limit)
+    folder = tmp_path / "checkpoints"
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    line = out.stderr.splitlines()[-1]
+    assert line.startswith("hrm-esp: error: checkpoints/pretrain_state.pt: ")
+    named = re.search(r"the newest checkpoint is (\S+)", line)
+    assert named and load_checkpoint(tmp_path / named[1]).step == 8, line
+    assert not list(folder.glob(".*")) and not (folder / "pretrain_state.pt").exists()
+
+
 INTERRUPTED = ["--steps", "120", "--batch_size", "1", "--save_every", "0.001", *SMALL]
 
 

@@ -72,8 +72,8 @@ def test_the_shards_of_a_batch_are_the_batch(n: int, size: int, epoch: int, deno
 def test_two_processes_are_one_with_twice_the_batch(
     corpus: Path, optimizer: str, tolerance: float
 ) -> None:
-    flags = (*SMALL, "--no_gumbel", "--ngram_dropout", "0", "--count_max", "0", "--precision", "fp32", "--steps", 50,
-             "--optimizer", optimizer)  # fmt: skip
+    flags = (*SMALL, "--no_gumbel", "--ngram_dropout", "0", "--count_max", "0", "--precision",
+             "fp32", "--steps", 50, "--optimizer", optimizer)  # fmt: skip
     losses, steps = [], []
     for n, batch_size in ((1, 8), (2, 4)):
         folder = corpus.parent / str(n)
