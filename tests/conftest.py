@@ -1,5 +1,6 @@
 """What the tests share: the real command, and small models with nothing left at zero."""
 
+import os
 import random
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker on each core
 
 import numpy as np
 import pytest

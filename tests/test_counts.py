@@ -136,9 +136,9 @@ def test_of_a_large_text_pieces_from_all_of_it_are_counted(monkeypatch: pytest.M
     for known in (text[:6], text[-6:]):
         assert ask(made, known, leave_out=False)[0][-1] > 0.01
     # A window is taken out of the table only if it is in there.
-    windows = [text[i : i + 16] for i in range(0, 24000, 40)]
+    windows = [text[i : i + 16] for i in range(0, 24000, 120)]
     was_in = [w in joined for w in windows]
-    assert 50 < sum(was_in) < 200
+    assert 15 < sum(was_in) < 70
     for window, is_part in zip(windows, was_in, strict=True):
         found, left_out = (ask(made, window, leave_out)[0] for leave_out in (False, True))
         assert torch.equal(found, left_out) != is_part

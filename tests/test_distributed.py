@@ -42,9 +42,6 @@ def command(n_processes: int, *args: object) -> list[str]:
     return [*start, *map(str, args)]
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     (tmp_path / "record.py").write_text(RECORD)
@@ -79,7 +76,7 @@ def test_two_processes_are_one_with_twice_the_batch(
         folder = corpus.parent / str(n)
         args = ("pretrain", corpus, *flags, "--batch_size", batch_size, "--out_dir", folder)
         out = subprocess.run(
-            command(n, corpus.parent / "record.py", *args), env=ENVIRONMENT, text=True,
+            command(n, corpus.parent / "record.py", *args), text=True,
             capture_output=True,
         )  # fmt: skip
         assert out.returncode == 0, out.stderr
@@ -95,7 +92,7 @@ def start(folder: Path, *args: object) -> "subprocess.Popen[str]":
     flags = (*SMALL, "--steps", 60, "--batch_size", 2, "--save_every", 0.005, *args)
     return subprocess.Popen(
         command(2, "-m", "hrm_esp", "pretrain", folder.parent / "corpus.txt", *flags,
-                "--out_dir", folder), env=ENVIRONMENT, text=True, stderr=subprocess.PIPE,
+                "--out_dir", folder), text=True, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

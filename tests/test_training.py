@@ -66,7 +66,11 @@ def test_training_learns_and_says_so_honestly(corpus: Path, tmp_path: Path) -> N
 
 
 def test_the_files_of_a_run(corpus: Path, tmp_path: Path) -> None:
-    result = train_lm(corpus, CONFIG, options(tmp_path / "run", epochs=5, keep=2, patience=0))
+    result = train_lm(
+        corpus,
+        CONFIG,
+        options(tmp_path / "run", epochs=5, keep=2, patience=0, grow=False, batch_size=16),
+    )
     names = sorted(p.name for p in (tmp_path / "run").glob("*.pt"))
     kinds = ("best", "epoch4", "epoch5", "last", "state")
     assert names == [f"pretrain_{kind}.pt" for kind in kinds]
