@@ -47,14 +47,18 @@ def choose_precision(device: torch.device, precision: str = "auto") -> torch.dty
 
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed for what comes next. It gives large blocks back to the system
-    otherwise, and each step of a training pays for fresh pages. For the whole process, for good."""
+    otherwise, and each step of a training pays for fresh pages. For the whole process, for good.
+
+    What is free by now is given back first: reading a corpus takes more than training does.
+    """
     trim_threshold, mmap_max = -1, -4  # malloc.h
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
     except (AttributeError, OSError, TypeError):
         return  # another C library
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_max, 0)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
