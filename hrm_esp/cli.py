@@ -18,7 +18,7 @@ from .errors import HRMError, PeerLost
 
 if TYPE_CHECKING:
     from .model import HRMModel
-    from .training import TrainResult
+    from .trainer import TrainResult
 
 SAMPLES = Path(__file__).parent / "samples"
 STORIES, NUMBERS = SAMPLES / "cuentos.txt", SAMPLES / "numeros.tsv"

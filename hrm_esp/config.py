@@ -155,7 +155,7 @@ class TrainConfig:
     minutes: float | None = option(
         None, "run", "train for N minutes (default: 10)", above=0, type=float
     )
-    batch_size: int = option(8, "training", "tokens a step, in units of max_len", low=1)
+    batch_size: int = option(8, "training", "tokens a step and process, in units of max_len", low=1)
     grad_accum: int = option(1, "training", "batches whose gradients make one step", low=1)
     lr: float = option(6e-3, "training", "peak learning rate", above=0)
     optimizer: str = option(
@@ -249,7 +249,7 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """How to finetune."""
 
-    batch_size: int = option(2, "training", "tokens a step, in units of max_len", low=1)
+    batch_size: int = option(2, "training", "tokens a step and process, in units of max_len", low=1)
     dropout: float = option(
         0.0, "model", "share of activations dropped in training", low=0, below=1
     )

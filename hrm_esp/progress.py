@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .files import written_whole
 
 if TYPE_CHECKING:
-    from .training import RunState
+    from .trainer import RunState
 
 LOG_SECONDS = 10.0  # between lines; the bar is told twice a second
 

@@ -25,12 +25,13 @@ WORDS = TSVDataset([Pair(w.encode(), w[::-1].encode()) for w in TEXT.split()[:70
 RECORD = """\
 import json, sys
 from pathlib import Path
-from hrm_esp import cli, training
-steps, lead = [], training.Trainer.lead
+from hrm_esp import cli
+from hrm_esp.trainer import Trainer
+steps, lead = [], Trainer.lead
 def recorded(trainer, given):
     lead(trainer, (steps.append(s.nats / max(1, s.shown)) or s for s in given))
     (trainer.folder / "losses.json").write_text(json.dumps(steps))
-training.Trainer.lead = recorded
+Trainer.lead = recorded
 sys.exit(cli.main())
 """
 

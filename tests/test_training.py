@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CONFIG, PAIRS, TEXT, random_model
 
-from hrm_esp import optim, progress, training
+from hrm_esp import optim, progress, trainer
 from hrm_esp.checkpoint import Checkpoint, load_checkpoint, load_model
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
@@ -20,15 +20,8 @@ from hrm_esp.optim import (
     build_optimizers,
     learning_rate,
 )
-from hrm_esp.training import (
-    Interrupted,
-    Score,
-    codebook_penalty,
-    is_worse,
-    model_to_finetune,
-    train_ft,
-    train_lm,
-)
+from hrm_esp.trainer import Interrupted, Score, Trainer, codebook_penalty, is_worse
+from hrm_esp.training import model_to_finetune, train_ft, train_lm
 
 
 @pytest.fixture
@@ -97,7 +90,7 @@ def test_resumed_equals_uninterrupted(
     whole = train_lm(corpus, config, options(tmp_path / "whole", **keywords))
     signals = iter([False] * 13 + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(training, "stop_signals", lambda: _Yielding(lambda: next(signals)))
+        patch.setattr(trainer, "stop_signals", lambda: _Yielding(lambda: next(signals)))
         with pytest.raises(Interrupted):
             train_lm(corpus, config, options(tmp_path / "part", **keywords))
     assert load_checkpoint(tmp_path / "part" / "pretrain_last.pt").step == 14
@@ -115,7 +108,7 @@ def test_the_log_has_each_step_once(
     log = tmp_path / "run" / "metrics.jsonl"
     signals = iter([False] * 8 + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(training, "stop_signals", lambda: _Yielding(lambda: next(signals)))
+        patch.setattr(trainer, "stop_signals", lambda: _Yielding(lambda: next(signals)))
         with pytest.raises(Interrupted):
             train_lm(corpus, CONFIG, options(tmp_path / "run", steps=16))
     with open(log, "a") as file:
@@ -183,7 +176,7 @@ def test_a_run_that_cannot_save_does_not_cost_the_one_it_replaces(
     def no_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(training.Trainer, "step", no_memory)
+    monkeypatch.setattr(Trainer, "step", no_memory)
     with pytest.raises(MemoryError):
         train_lm(corpus, CONFIG, options(tmp_path / "run", overwrite=True))
     assert {p.name: p.read_bytes() for p in first.last.parent.glob("*.pt")} == before
@@ -419,7 +412,7 @@ def test_the_best_is_that_with_the_most_right_answers(tmp_path: Path) -> None:
     scores = [Score(0.5, 1.0), Score(0.4, 2.0), Score(0.4, 1.5), Score(0.6, 0.5), Score(0.5, 0.4)]
     given = iter([*scores, *[Score(0.9, 0.1)] * 4])
     model = random_model()
-    trainer = training.Trainer(
+    run = Trainer(
         model,
         LMDataset(np.frombuffer(TEXT.encode(), dtype=np.uint8), CONFIG.max_len),
         options(tmp_path / "run", steps=32),
@@ -427,8 +420,8 @@ def test_the_best_is_that_with_the_most_right_answers(tmp_path: Path) -> None:
         data_id="",
         score=lambda _: next(given),
     )
-    trainer.run()
-    best = load_checkpoint(trainer.path("best"))
+    run.run()
+    best = load_checkpoint(run.path("best"))
     assert best.val_bpb == 1.5 and best.step == 12
 
 

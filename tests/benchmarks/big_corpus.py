@@ -27,11 +27,12 @@ import re, sys, time
 from pathlib import Path
 import torch, torch._dynamo  # the optimizers import that
 start, first, taken = time.perf_counter(), [], []
-from hrm_esp import cli, training
-step, lead = training.Trainer.step, training.Trainer.lead
+from hrm_esp import cli
+from hrm_esp.trainer import Step, Trainer
+step, lead = Trainer.step, Trainer.lead
 def some(trainer, batches):
     if len(taken) > trainer.progress() * 20:
-        return training.Step(sum(b.n_tokens for b in batches), 0.0, 0, 0.0, 0.0, None)
+        return Step(sum(b.n_tokens for b in batches), 0.0, 0, 0.0, 0.0, None)
     taken.append(step(trainer, batches))
     first or first.append(time.perf_counter() - start)
     return taken[-1]
@@ -39,7 +40,7 @@ def measured(*args):
     lead(*args)
     print("first", first[0])
     print("anon", re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-training.Trainer.step, training.Trainer.lead = some, measured
+Trainer.step, Trainer.lead = some, measured
 sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 

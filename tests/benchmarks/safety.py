@@ -25,7 +25,7 @@ from hrm_esp.device import autocast, keep_freed_memory
 from hrm_esp.model import HRMModel
 from hrm_esp.optim import batch_shape, learning_rate, set_learning_rate
 from hrm_esp.progress import Meter, MetricsLog
-from hrm_esp.training import Trainer, codebook_penalty, stop_signals
+from hrm_esp.trainer import Trainer, codebook_penalty, stop_signals
 
 
 def safe(trainer: Trainer) -> Iterator[None]:

@@ -26,7 +26,7 @@ from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, load_stream
 from hrm_esp.device import autocast, keep_freed_memory
 from hrm_esp.model import HRMModel
-from hrm_esp.training import Trainer
+from hrm_esp.trainer import Trainer
 
 
 def seconds(call: Callable[[], object]) -> float:
