@@ -166,33 +166,27 @@ def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> None:
 
 
 def load_stream(
-    paths: Sequence[PathLike], encoding: str = "utf-8", token_dir: PathLike | None = None
+    paths: Sequence[PathLike], encoding: str = "utf-8", token_file: PathLike | None = None
 ) -> Stream:
     """The token stream of some text files, memory-mapped.
 
     Args:
         paths: files or folders.
-        token_dir: where to keep the token file; it is used again as long as the sources are the
-            same. ``None`` keeps it for this process only.
+        token_file: where to keep the stream; it is used again as long as the sources are the same.
+            ``None`` keeps it for this process only.
 
     Raises:
         HRMError: a file that cannot be read, or no text in any.
     """
     files = text_files(paths)
-    if token_dir is None:
+    if token_file is None:
         with tempfile.TemporaryFile() as file:
             write_stream(files, file, encoding)
             file.flush()
             return np.memmap(file, dtype=np.uint8, mode="r")
     sources = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    key = digest([1, encoding, sources])
-    path = Path(token_dir) / f"{digest([encoding, [name for name, _, _ in sources]])[:16]}.tokens"
-    return mapped(path, key, lambda file: write_stream(files, file, encoding))
-
-
-def digest(value: object) -> str:
-    """A hash of what can be written as JSON."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([1, encoding, sources]).encode()).hexdigest()
+    return mapped(Path(token_file), key, lambda file: write_stream(files, file, encoding))
 
 
 def split_stream(stream: Stream, fraction: float | None) -> tuple[Stream, Stream]:
@@ -370,20 +364,20 @@ def dataset_lm(
     *,
     planner_view: str = "same",
     encoding: str = "utf-8",
-    token_dir: PathLike | None = None,
+    token_file: PathLike | None = None,
 ) -> LMDataset:
     """Text files as sequences of ``max_len`` tokens for pretraining.
 
     Args:
         paths: files or folders; ``.gz`` is unpacked.
         planner_view: what the Planner reads, the ``same`` window or the ``previous`` one.
-        token_dir: see `load_stream`.
+        token_file: see `load_stream`.
 
     Raises:
         HRMError: a file that cannot be read, or no text in any.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-    return LMDataset(load_stream(paths, encoding, token_dir), max_len, planner_view)
+    return LMDataset(load_stream(paths, encoding, token_file), max_len, planner_view)
 
 
 class Pair(NamedTuple):

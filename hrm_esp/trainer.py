@@ -182,6 +182,10 @@ class Trainer:
         stage: ``pretrain`` or ``finetune``; the files are named after it.
         data_id: tells whether a run to be resumed had the same data.
         score: scores some held-out data; ``None`` if nothing is held out.
+        resumed: the state of the run to go on with.
+
+    Raises:
+        HRMError: what is to be resumed is of another model, other data or other options.
     """
 
     def __init__(
@@ -193,6 +197,7 @@ class Trainer:
         stage: str,
         data_id: str,
         score: Callable[[HRMModel], Score] | None,
+        resumed: Checkpoint | None = None,
     ) -> None:
         self.model, self.data, self.options, self.stage = model, data, options, stage
         self.score_some = score
@@ -210,8 +215,8 @@ class Trainer:
         self.is_first = rank() == 0  # and so the one that writes, shows and scores
         if self.is_first:
             remove_partial(self.folder)
-        if options.resume:
-            self.resume()
+        if resumed is not None:
+            self.resume(resumed)
         elif self.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.stale = list(self.folder.glob(f"{stage}_*.pt"))
@@ -253,13 +258,12 @@ class Trainer:
         self.save("state", training)
         self.state_saved_at = time.perf_counter()
 
-    def resume(self) -> None:
-        """Takes over the state in the folder.
+    def resume(self, saved: Checkpoint) -> None:
+        """Takes over a state.
 
         Raises:
             HRMError: it is of another model, other data or other options.
         """
-        saved = load_checkpoint(self.path("state"))
         training = saved.training or {}
         old = training.get("settings", {})
         changed = [

@@ -60,14 +60,15 @@ def train_lm(
     options = options or PretrainConfig()
     config = replace(config or HRMConfig(), memory=options.denoise > 0)
     device = device or choose_device()
+    folder = Path(options.out_dir)
     with first_on_each_machine():
-        check_folder(options, "pretrain")
+        resumed = state_to_resume(options, "pretrain")
         paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
         held_out = None if val is None else load_stream([val], options.encoding)
         files = [f for f in text_files(paths) if val is None or not f.samefile(val)]
         if not files:
             raise HRMError(f"{val} is all the text there is: give another --val, or none")
-        stream = load_stream(files, options.encoding, options.out_dir)
+        stream = load_stream(files, options.encoding, folder / "corpus.tokens")
     if held_out is None:
         stream, held_out = split_stream(stream, options.val_fraction)
     if not len(stream):
@@ -76,7 +77,7 @@ def train_lm(
     model = HRMModel(config)
     if model.executor.counts is not None:
         with first_on_each_machine():
-            model.executor.counts.count(stream, Path(options.out_dir) / "ngrams.counts")
+            model.executor.counts.count(stream, folder / "ngrams.counts")
     model.to(device)
     dtype = choose_precision(device, options.precision)
 
@@ -95,6 +96,7 @@ def train_lm(
         stage="pretrain",
         data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
         score=score_some if len(held_out) else None,
+        resumed=resumed,
     )
     announce("pretrain", model, dtype, f"{len(stream):,} bytes of text, {len(held_out):,} held out")
     trainer.run()
@@ -123,7 +125,7 @@ def train_ft(
     options = options or FinetuneConfig()
     device = device or choose_device()
     with first_on_each_machine():
-        check_folder(options, "finetune")
+        resumed = state_to_resume(options, "finetune")
     torch.manual_seed(options.seed)
     if isinstance(start, HRMConfig):
         checkpoint = Checkpoint(start, HRMModel(start).state_dict(), "pretrain")
@@ -167,6 +169,7 @@ def train_ft(
         stage="finetune",
         data_id=f"{len(data)}:{zlib.crc32(repr(data.pairs).encode()):08x}",
         score=score_some if len(held_out) else None,
+        resumed=resumed,
     )
     announce("finetune", model, dtype, f"{len(data):,} rows, {len(held_out):,} held out")
     trainer.run()
@@ -208,15 +211,23 @@ def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
     return model
 
 
-def check_folder(options: TrainConfig, stage: str) -> None:
-    """Raises HRMError if the folder holds a run of this stage that nobody said what to do with."""
+def state_to_resume(options: TrainConfig, stage: str) -> Checkpoint | None:
+    """The state of the run to go on with, if asked for.
+
+    Raises:
+        HRMError: there is none, or it is damaged; or the folder holds a run of this stage, and
+            nobody said what to do with it.
+    """
     folder = Path(options.out_dir)
     if folder.exists() and not folder.is_dir():
         raise HRMError(f"{folder} is a file: give another --out_dir")
-    holds_run = any(folder.glob(f"{stage}_*.pt"))
-    if options.resume and not (folder / f"{stage}_state.pt").is_file():
-        raise HRMError(f"no saved state of a {stage} run in {folder}: start without --resume")
-    if holds_run and not (options.resume or options.overwrite):
+    if options.resume:
+        path = folder / f"{stage}_state.pt"
+        if not path.is_file():
+            raise HRMError(f"no saved state of a {stage} run in {folder}: start without --resume")
+        return load_checkpoint(path)
+    if any(folder.glob(f"{stage}_*.pt")) and not options.overwrite:
         raise HRMError(
             f"{folder} holds a {stage} run: give --resume, --overwrite or another --out_dir"
         )
+    return None

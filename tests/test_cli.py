@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -191,6 +192,16 @@ BAD = {
     "no such device": ("pretrain", "text.txt", "--device", "abacus"),
     "missing validation text": ("pretrain", "text.txt", "--val", "nowhere.txt"),
     "nothing to resume": ("pretrain", "text.txt", "--resume"),
+    "broken state to resume": ("pretrain", "text.txt", "--resume", "--out_dir", "broken_run"),
+    "state that runs code": (
+        "finetune",
+        "pairs.tsv",
+        "--resume",
+        "--out_dir",
+        "evil_run",
+        "--ckpt",
+        "good.pt",
+    ),
     "out_dir is a file": ("pretrain", "text.txt", "--out_dir", "text.txt"),
     "no checkpoint yet": ("finetune", "pairs.tsv"),
     "missing checkpoint": ("generate", "--ckpt", "nowhere.pt"),
@@ -242,7 +253,18 @@ def bad_folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data[len(data) // 2] ^= 1
     (folder / "broken.pt").write_bytes(data)
     torch.save({"state": torch.zeros(3)}, folder / "foreign.pt")
+    (folder / "broken_run").mkdir()
+    (folder / "broken_run" / "pretrain_state.pt").write_bytes(data)
+    (folder / "evil_run").mkdir()
+    (folder / "evil_run" / "finetune_state.pt").write_bytes(pickle.dumps(Evil()))
     return folder
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, ("code_was_run", "w")
 
 
 @pytest.mark.parametrize("case", BAD)

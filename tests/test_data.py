@@ -77,16 +77,15 @@ def test_files_folders_and_gz_are_one_stream(tmp_path: Path) -> None:
 
 
 def test_the_token_file_is_used_again_until_the_source_changes(tmp_path: Path) -> None:
-    source, folder = write(tmp_path / "a.txt", "uno\n"), tmp_path / "run"
-    load_stream([source], token_dir=folder)
-    (token_file,) = folder.iterdir()
+    source, token_file = write(tmp_path / "a.txt", "uno\n"), tmp_path / "run" / "a.tokens"
+    load_stream([source], token_file=token_file)
     built = token_file.stat()
-    load_stream([source], token_dir=folder)
+    load_stream([source], token_file=token_file)
     assert token_file.stat().st_mtime_ns == built.st_mtime_ns
     write(source, "dos\n")
     os.utime(source, ns=(1, 1))
-    assert load_stream([source], token_dir=folder).tobytes() == b"dos\n"
-    assert list(folder.iterdir()) == [token_file]
+    assert load_stream([source], token_file=token_file).tobytes() == b"dos\n"
+    assert list(token_file.parent.iterdir()) == [token_file]
 
 
 @given(

@@ -12,12 +12,12 @@ from hrm_esp.files import mapped, remove_partial, written_whole
 
 def test_a_damaged_token_file_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    expected = load_stream([tmp_path / "a.txt"], token_dir=tmp_path / "run").tobytes()
-    (path,) = (tmp_path / "run").iterdir()
+    path = tmp_path / "run" / "a.tokens"
+    expected = load_stream([tmp_path / "a.txt"], token_file=path).tobytes()
     good = path.read_bytes()
     for broken in damaged(good, 100):
         path.write_bytes(broken)
-        assert load_stream([tmp_path / "a.txt"], token_dir=path.parent).tobytes() == expected
+        assert load_stream([tmp_path / "a.txt"], token_file=path).tobytes() == expected
         assert path.read_bytes() == good
     assert list(path.parent.iterdir()) == [path]
 
