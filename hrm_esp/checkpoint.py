@@ -74,7 +74,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
         except RuntimeError as error:
             if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
                 raise  # those are what PyTorch makes of a file that cannot grow
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            number = getattr(error.__context__, "errno", None) or errno.ENOSPC
+            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def load_checkpoint(path: PathLike) -> Checkpoint:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 SAMPLES = Path(__file__).parent / "samples"
 STORIES, NUMBERS = SAMPLES / "cuentos.txt", SAMPLES / "numeros.tsv"
-RANK = int(os.environ.get("RANK", 0))  # which of the processes that torchrun started this is
+# Which of the processes that torchrun started this is.
+RANK = int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
 GROUPS = ("data", "model", "training", "run")
 Config = TypeVar("Config")
 
@@ -74,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
     try:
         args = build_parser().parse_args(argv)
+    except HRMError as error:  # the same in all processes
+        return 2 if RANK else fail(str(error))
+    try:
         args.run(args)
         sys.stdout.flush()
         return 0

@@ -118,10 +118,13 @@ class NgramCounts(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("entries", "cumulative"):  # as long as the text made them
-            if prefix + name in state:
-                setattr(
-                    self, name, torch.empty_like(state[prefix + name], device=self.entries.device)
-                )
+            if (given := state.get(prefix + name)) is None:
+                continue
+            own = getattr(self, name)
+            if own.shape == given.shape and own.equal(given.to(own.device)):
+                state[prefix + name] = own  # it may be mapped from a file: nothing is written to it
+            else:
+                setattr(self, name, torch.empty_like(given, device=own.device))
         super()._load_from_state_dict(state, prefix, *rest)
 
     def probability(

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import PeerLost
+from .errors import HRMError, PeerLost
 
-PATIENCE = timedelta(hours=2)  # for one that is reading a corpus, or scoring
+PATIENCE = timedelta(hours=2)  # one may be reading a corpus, or scoring
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def summed(*values: float) -> list[float]:
 
 
 def wait_for_all() -> None:
-    """Goes on when all processes are here.
+    """Goes on when all processes are here; a sum of nothing waits as well as any.
 
     Raises:
         PeerLost: another process is gone.
@@ -83,10 +83,26 @@ def wait_for_all() -> None:
     summed(0.0)
 
 
+def require_the_same(what: str, value: object) -> None:
+    """Processes that differ would wait for each other for ever.
+
+    Raises:
+        HRMError: not all have the same value.
+        PeerLost: another process is gone.
+    """
+    if world_size() == 1:
+        return
+    values: list[object] = [None] * world_size()
+    with noticing_lost_peers():
+        dist.all_gather_object(values, value)
+    if any(v != value for v in values):
+        raise HRMError(f"the processes of this run do not have the same {what}")
+
+
 @contextmanager
-def first_on_each_machine() -> Iterator[None]:
-    """Holds the others back until one process of each machine is through: it makes files that they
-    read."""
+def first_process_first() -> Iterator[None]:
+    """All go through the block, one process of each machine before the others: it makes files that
+    they read. If it fails, they find it gone."""
     if local_rank() > 0:
         wait_for_all()
     yield
@@ -103,11 +119,11 @@ def parallel(module: nn.Module, some_unused: bool) -> nn.Module:
     if world_size() == 1:
         return module
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of the codes
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for it
-        return DistributedDataParallel(
-            module, find_unused_parameters=some_unused, broadcast_buffers=False
-        )
+    # Each process makes the buffers itself: the table of counts is large, and mapped from a file.
+    buffers = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
+    with noticing_lost_peers():
+        return DistributedDataParallel(module, find_unused_parameters=some_unused)
 
 
 def without_averaging(module: nn.Module) -> AbstractContextManager[None]:
@@ -119,7 +135,7 @@ def without_averaging(module: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def noticing_lost_peers() -> Iterator[None]:
-    """Tells an error of a collective operation from all others.
+    """Tells an error of a collective operation from all others; too long a wait is one, too.
 
     Raises:
         PeerLost: another process is gone.

@@ -7,7 +7,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -17,10 +17,12 @@ PARTIAL = ".partial"  # how the names of files end that are not yet whole
 HEADER = 4096  # of a mapped file: one page, so that what comes after it stays aligned
 
 
-def remove_partial(folder: Path) -> None:
-    """Removes what processes that were killed left half written in a folder."""
+def remove_partial(folder: Path, *names: str) -> None:
+    """Removes what processes that were killed left half written in a folder, of files whose names
+    begin with one of ``names``: another run may be writing others."""
     for path in folder.glob(f".*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+        if path.name[1:].startswith(names):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def mapped(path: Path, key: str, write: Callable[[IO[bytes]], None]) -> np.ndarr
     """The bytes that ``write`` writes, memory-mapped from the file ``path``.
 
     It is written where it is not there, damaged, or of another ``key``, which says what it was made
-    from; a failure leaves nothing behind.
+    from; a failure leaves no part of it.
 
     Returns:
         uint8, (N,); what is changed of it stays in memory.
@@ -73,7 +75,8 @@ def mapped(path: Path, key: str, write: Callable[[IO[bytes]], None]) -> np.ndarr
                 file.write(start)
         except BaseException:
             if is_new:
-                path.parent.rmdir()
+                with suppress(OSError):  # there is more in it by now
+                    path.parent.rmdir()
             raise
     return np.memmap(path, dtype=np.uint8, mode="c", offset=HEADER)
 
@@ -83,7 +86,9 @@ def is_whole(path: Path, key: str) -> bool:
     if not path.is_file() or path.stat().st_size <= HEADER:
         return False
     with open(path, "rb") as file:
-        return file.read(HEADER) == header(key, file)
+        found = file.read(HEADER)
+        of_this_key = found.startswith(json.dumps({"key": key})[:-1].encode())
+        return of_this_key and found == header(key, file)
 
 
 def header(key: str, file: IO[bytes]) -> bytes:

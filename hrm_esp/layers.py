@@ -151,7 +151,7 @@ class NgramEmbedding(nn.Module):
             weights = kept.float().div_(1 - self.dropout).flatten(0, 1)
         if ids.device.type != "mps":
             summed = self.table(index.flatten(0, 1), per_sample_weights=weights)
-        else:  # which has no sparse gradients
+        else:  # which has no EmbeddingBag
             vectors = F.embedding(index.flatten(0, 1), self.table.weight)
             summed = (vectors if weights is None else vectors * weights[..., None]).sum(1)
         return summed.view(*ids.shape, -1)

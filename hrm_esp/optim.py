@@ -48,14 +48,15 @@ class Muon(torch.optim.Muon):
     2.2), so that one learning rate serves both.
 
     PyTorch's multiplies in bfloat16 whatever the hardware, which takes some 40 times as long where
-    that is emulated, as on most laptops: here it is float32 there.
+    that is emulated, as on most laptops: here it is float32 there. All else is as PyTorch's with
+    ``adjust_lr_fn="match_rms_adamw"``.
     """
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -86,9 +87,15 @@ def orthogonalized(x: Tensor, ns: tuple[float, float, float], steps: int, eps: f
     return y.T if is_tall else y
 
 
-def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optimizer]:
+def build_optimizers(
+    parameters: Parameters, options: TrainConfig, sparse: bool = True
+) -> list[Optimizer]:
     """Muon for the matrices in the blocks, AdamW for the rest, without weight decay. Each group's
-    ``scale`` is its share of the learning rate."""
+    ``scale`` is its share of the learning rate.
+
+    Args:
+        sparse: whether the gradients of the n-gram tables are.
+    """
     blocks = {"params": parameters.blocks, "scale": 1.0, "weight_decay": options.weight_decay}
     rest = {"params": parameters.rest, "scale": 1.0, "weight_decay": 0.0}
     tables = {"params": parameters.tables, "scale": NGRAM_LR}
@@ -97,10 +104,10 @@ def build_optimizers(parameters: Parameters, options: TrainConfig) -> list[Optim
         optimizers += [Muon([blocks])]
     by_adamw = [rest] if options.optimizer == "muon" else [blocks, rest]
     optimizers += [AdamW(by_adamw, betas=BETAS, fused=True)]
-    if parameters.tables and parameters.tables[0].device.type == "mps":
-        optimizers += [AdamW([tables], betas=BETAS, weight_decay=0.0)]
-    elif parameters.tables:
+    if parameters.tables and sparse:
         optimizers += [SparseAdam([tables], betas=BETAS)]
+    elif parameters.tables:
+        optimizers += [AdamW([tables], betas=BETAS, weight_decay=0.0)]
     return optimizers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import signal
@@ -28,6 +29,7 @@ from .distributed import (
     noticing_lost_peers,
     parallel,
     rank,
+    require_the_same,
     summed,
     wait_for_all,
     without_averaging,
@@ -36,6 +38,7 @@ from .distributed import (
 from .errors import HRMError, PeerLost
 from .evaluation import PairScore, TextScore
 from .files import remove_partial
+from .layers import NgramEmbedding
 from .model import HRMModel
 from .optim import (
     Parameters,
@@ -110,7 +113,8 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to; ``score`` is that of ``best``, ``None`` if nothing was held out."""
+    """What a run came to; ``score`` is that of ``best``, ``None`` if nothing was held out, or in
+    another process than the first."""
 
     best: Path
     last: Path
@@ -205,7 +209,12 @@ class Trainer:
         self.device = model.device
         self.dtype = choose_precision(self.device, options.precision)
         self.parameters = Parameters.of(model)
-        self.optimizers = build_optimizers(self.parameters, options)
+        # NCCL cannot sum sparse gradients, and MPS has none.
+        sparse = self.device.type == "cpu" or (self.device.type == "cuda" and world_size() == 1)
+        for module in model.modules():
+            if isinstance(module, NgramEmbedding):
+                module.table.sparse = sparse
+        self.optimizers = build_optimizers(self.parameters, options, sparse)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.settings = comparable(options) | {"data": data_id}
         self.state = RunState()
@@ -214,7 +223,8 @@ class Trainer:
         self.last_scoring = 0.0  # seconds
         self.is_first = rank() == 0  # and so the one that writes, shows and scores
         if self.is_first:
-            remove_partial(self.folder)
+            names = ("corpus.", "ngrams.") if stage == "pretrain" else ()
+            remove_partial(self.folder, f"{stage}_", "metrics.", *names)
         if resumed is not None:
             self.resume(resumed)
         elif self.is_first:
@@ -223,6 +233,7 @@ class Trainer:
         if options.compile:
             for block in (*model.planner.blocks, *model.executor.blocks):
                 block.compile()
+        require_the_same("data, options or saved state", (self.settings, asdict(self.state)))
         # Text leaves the Planner's blocks without gradients, pairs do not.
         self.loss = parallel(Loss(model), some_unused=stage == "pretrain")
 
@@ -278,6 +289,7 @@ class Trainer:
             optimizer.load_state_dict(content)
         self.scaler.load_state_dict(training["scaler"])
         self.state = RunState(**training["run"])
+        saved.weights, saved.training = {}, None  # the caller holds it for as long as the run takes
 
     def progress(self) -> float:
         """The share of the run that is done, 0 to 1."""
@@ -312,27 +324,34 @@ class Trainer:
         Raises:
             HRMError: many steps in a row had no finite gradient.
             Interrupted: Ctrl-C or SIGTERM, after saving.
-            PeerLost: another process is gone; after saving.
+            PeerLost: another process is gone; after saving, in the first.
         """
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model.train()
         with stop_signals() as stopped:
             try:
-                if self.is_first:
-                    self.lead(self.steps(stopped))
-                else:
-                    for _ in self.steps(stopped):
-                        pass
-                wait_for_all()  # the others for the first, which saves
-            except PeerLost:
-                if self.is_first:  # no step is half done
-                    self.save_state()
+                stop = self.take_part(stopped)
+            except BrokenPipeError:  # nobody reads what is shown
                 raise
             except OSError as error:
                 raise self.cannot_write(error) from error
-            if self.progress() < 1 or stopped():
+            if self.progress() < 1 or stop:
                 raise Interrupted
+
+    def take_part(self, stopped: Callable[[], bool]) -> bool:
+        """Trains until the run is over or stopped; returns whether it was stopped."""
+        try:
+            if self.is_first:
+                self.lead(self.steps(stopped))
+            else:
+                for _ in self.steps(stopped):
+                    pass
+            return self.agree(stopped())  # once the first has saved
+        except PeerLost:
+            if self.is_first:  # no step is half done
+                self.save_state()
+            raise
 
     def cannot_write(self, error: OSError) -> HRMError:
         """What is left, and what to do."""
@@ -342,11 +361,13 @@ class Trainer:
             newest = max(saved, key=lambda path: path.stat().st_mtime_ns)
             left = f"the newest checkpoint is {newest}"
         if not self.stale and self.path("state").is_file():
-            left += "; free some space and go on with --resume"
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            left += f"; {'free some space and ' if is_full else ''}go on with --resume"
         return HRMError(f"{error.filename or self.folder}: {error.strerror or error}; {left}")
 
     def lead(self, steps: Iterator[Step]) -> None:
-        """Shows, scores and saves what the steps come to: what one of many processes does."""
+        """Takes the steps, and shows, scores and saves what they come to: what the first of many
+        processes does."""
         state, epoch = self.state, self.state.epoch
         log = MetricsLog(self.folder, self.stage, state.step if self.options.resume else -1)
         meter = Meter(self.stage, state, log)
@@ -364,11 +385,12 @@ class Trainer:
                 self.save("best")
             elif self.progress() >= 1:
                 self.score(log)
+            self.save_state()  # first: whoever stops the run may not wait for long
             self.save("last")
-            self.save_state()
 
     def steps(self, stopped: Callable[[], bool]) -> Iterator[Step]:
-        """Trains a step at a time, until the run is over or, in any process, stopped."""
+        """Trains a step at a time, until the run is over or, in any process, stopped. What the
+        first process does between two steps, the others learn of before the next."""
         state = self.state
         begin = time.perf_counter() - state.seconds
         for group in self.groups():
@@ -384,7 +406,8 @@ class Trainer:
                 return
 
     def agree(self, stop: bool) -> bool:
-        """Where the run stands is what the first process says; it stops where any is to."""
+        """Whether any process is to stop. How long the run took and is to be is what the first
+        process says: the others add nothing to its figures."""
         state = self.state
         own = (state.seconds, state.length) if self.is_first else (0.0, 0.0)
         state.seconds, state.length, n_to_stop = summed(*own, float(stop))
@@ -404,7 +427,8 @@ class Trainer:
             size = batch.n_tokens
             batch = batch.to(self.device)
             is_last = i == len(batches) - 1
-            with nullcontext() if is_last else without_averaging(self.loss):
+            averaging = nullcontext() if is_last else without_averaging(self.loss)
+            with noticing_lost_peers(), averaging:
                 with autocast(self.device, self.dtype):
                     mixed, alone, codes = self.loss(batch)
                 if self.stage == "finetune" or batch.reads_memory is None:
@@ -418,8 +442,7 @@ class Trainer:
                     share = self.options.codebook_penalty * len(batch.y_out) / n_rows
                     loss = loss + share * codebook_penalty(codes)
                 # Gradients are averaged over the processes, and are to be summed.
-                with noticing_lost_peers():
-                    self.scaler.scale(loss * world_size()).backward()
+                self.scaler.scale(loss * world_size()).backward()
         nats, shown = summed(nats, shown)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)

@@ -24,7 +24,7 @@ from .data import (
     text_files,
 )
 from .device import choose_device, choose_precision
-from .distributed import first_on_each_machine, process_group, say, world_size
+from .distributed import first_process_first, process_group, say, world_size
 from .errors import HRMError
 from .evaluation import PairScore, TextScore, score_pairs, score_stream
 from .model import HRMModel
@@ -54,14 +54,14 @@ def train_lm(
         val: a text file to score on; by default the tail of the corpus, ``options.val_fraction``.
 
     Raises:
-        HRMError: bad data or options, or a folder that holds a run.
+        HRMError: bad data or options, a folder that holds a run, or what `Trainer.run` raises.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     options = options or PretrainConfig()
     config = replace(config or HRMConfig(), memory=options.denoise > 0)
     device = device or choose_device()
     folder = Path(options.out_dir)
-    with first_on_each_machine():
+    with first_process_first():
         resumed = state_to_resume(options, "pretrain")
         paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
         held_out = None if val is None else load_stream([val], options.encoding)
@@ -76,7 +76,7 @@ def train_lm(
     torch.manual_seed(options.seed)
     model = HRMModel(config)
     if model.executor.counts is not None:
-        with first_on_each_machine():
+        with first_process_first():
             model.executor.counts.count(stream, folder / "ngrams.counts")
     model.to(device)
     dtype = choose_precision(device, options.precision)
@@ -119,12 +119,13 @@ def train_ft(
         val: a TSV to score on; by default ``options.val_fraction`` of the rows, drawn by seed.
 
     Raises:
-        HRMError: bad data or options, a bad checkpoint, or a folder that holds a run.
+        HRMError: bad data or options, a bad checkpoint, a folder that holds a run, or what
+            `Trainer.run` raises.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     options = options or FinetuneConfig()
     device = device or choose_device()
-    with first_on_each_machine():
+    with first_process_first():
         resumed = state_to_resume(options, "finetune")
     torch.manual_seed(options.seed)
     if isinstance(start, HRMConfig):

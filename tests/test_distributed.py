@@ -21,7 +21,7 @@ from hrm_esp.tokenizer import PAD
 
 STREAM = np.frombuffer((TEXT + "\n").encode(), dtype=np.uint8)
 WORDS = TSVDataset([Pair(w.encode(), w[::-1].encode()) for w in TEXT.split()[:70]], 32)
-# Runs the command, and writes the loss of each step beside the checkpoints.
+# Runs the command, and writes each step's loss and norm of the gradient beside the checkpoints.
 RECORD = """\
 import json, sys
 from pathlib import Path
@@ -29,8 +29,8 @@ from hrm_esp import cli
 from hrm_esp.trainer import Trainer
 steps, lead = [], Trainer.lead
 def recorded(trainer, given):
-    lead(trainer, (steps.append(s.nats / max(1, s.shown)) or s for s in given))
-    (trainer.folder / "losses.json").write_text(json.dumps(steps))
+    lead(trainer, (steps.append((s.nats / max(1, s.shown), s.norm)) or s for s in given))
+    (trainer.folder / "steps.json").write_text(json.dumps(steps))
 Trainer.lead = recorded
 sys.exit(cli.main())
 """
@@ -66,27 +66,58 @@ def test_the_shards_of_a_batch_are_the_batch(n: int, size: int, epoch: int, deno
             assert given_rows == sorted(r[r != PAD].tolist() for r in batch.y_out)
 
 
+def recorded(n: int, folder: Path, *args: object) -> np.ndarray:
+    """Trains in n processes; the loss and the norm of the gradient of each step, (steps, 2)."""
+    out = subprocess.run(
+        command(n, folder.parent / "record.py", *args, "--out_dir", folder), text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("held out") == 1  # one process alone speaks
+    return np.array(json.loads((folder / "steps.json").read_text()))
+
+
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 1e-2)])
 def test_two_processes_are_one_with_twice_the_batch(
     corpus: Path, optimizer: str, tolerance: float
 ) -> None:
-    flags = (*SMALL, "--no_gumbel", "--ngram_dropout", "0", "--count_max", "0", "--precision",
-             "fp32", "--steps", 50, "--optimizer", optimizer)  # fmt: skip
-    losses, steps = [], []
-    for n, batch_size in ((1, 8), (2, 4)):
-        folder = corpus.parent / str(n)
-        args = ("pretrain", corpus, *flags, "--batch_size", batch_size, "--out_dir", folder)
-        out = subprocess.run(
-            command(n, corpus.parent / "record.py", *args), text=True,
-            capture_output=True,
-        )  # fmt: skip
-        assert out.returncode == 0, out.stderr
-        assert out.stdout.count("held out") == 1  # one process alone speaks
-        losses.append(json.loads((folder / "losses.json").read_text()))
-        steps.append(load_checkpoint(folder / "pretrain_last.pt"))
-    assert len(losses[0]) == 50 and np.ptp(losses[0]) > 0.5
-    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=tolerance)
-    assert steps[0].bytes_seen == steps[1].bytes_seen
+    """Without noise: in their losses, and in the gradients of text and of text restored."""
+    flags = (*SMALL, "--no_gumbel", "--ngram_dropout", "0", "--precision", "fp32", "--steps", 50,
+             "--optimizer", optimizer, "--denoise", "0.3", "--grad_accum", 2)  # fmt: skip
+    one, two = (
+        recorded(n, corpus.parent / str(n), "pretrain", corpus, *flags, "--batch_size", 8 // n)
+        for n in (1, 2)
+    )
+    assert len(one) == 50
+    np.testing.assert_allclose(one[:, 0], two[:, 0], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(one[:, 1], two[:, 1], rtol=100 * tolerance)
+    saved = [load_checkpoint(corpus.parent / str(n) / "pretrain_last.pt") for n in (1, 2)]
+    assert saved[0].bytes_seen == saved[1].bytes_seen
+
+
+def test_two_processes_finetune_as_one_does(corpus: Path, trained: Path) -> None:
+    given = ("finetune", trained / "pairs.tsv", "--ckpt", trained / "checkpoints/pretrain_last.pt")
+    flags = ("--no_gumbel", "--precision", "fp32", "--steps", 8, "--optimizer", "adamw")
+    one, two = (
+        recorded(n, corpus.parent / str(n), *given, *flags, "--batch_size", 4 // n) for n in (1, 2)
+    )
+    np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_processes_with_other_data_are_told_so(corpus: Path) -> None:
+    """Else each would wait for the other."""
+    (corpus.parent / "0.txt").write_text(TEXT, encoding="utf-8")
+    (corpus.parent / "1.txt").write_text(TEXT[:1500], encoding="utf-8")
+    script = corpus.parent / "other.py"
+    script.write_text(
+        "import os, sys\nfrom hrm_esp import cli\nrank = os.environ['RANK']\n"
+        "sys.exit(cli.main([*sys.argv[1:], rank + '.txt', '--out_dir', 'run' + rank]))"
+    )
+    out = subprocess.run(
+        command(2, script, "pretrain", *SMALL, "--epochs", 1), text=True, capture_output=True,
+        cwd=corpus.parent, timeout=100,
+    )  # fmt: skip
+    assert "hrm-esp: error: the processes of this run do not have the same data" in out.stderr
 
 
 def start(folder: Path, *args: object) -> "subprocess.Popen[str]":

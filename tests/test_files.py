@@ -67,8 +67,9 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path) -> 
         file.write(b"new")
     assert path.read_bytes() == b"new"
     (tmp_path / ".a.12345678.partial").touch()  # of a process that was killed
-    remove_partial(tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / ".b.12345678.partial").touch()  # of another run
+    remove_partial(tmp_path, "a.", "c.")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.12345678.partial", "a"]
 
 
 def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
