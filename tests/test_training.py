@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import fields, replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_resumed_equals_uninterrupted(
     config = replace(CONFIG, dropout=0.2)
     keywords = {"steps": 20, "optimizer": optimizer, "grad_accum": 2, "batch_size": 2}
     whole = train_lm(corpus, config, options(tmp_path / "whole", **keywords))
-    signals = iter([False] * 13 + [True])
+    signals = chain([False] * 13, repeat(True))
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "stop_signals", lambda: _Yielding(lambda: next(signals)))
         with pytest.raises(Interrupted):
@@ -106,7 +107,7 @@ def test_the_log_has_each_step_once(
     """Also where the run was stopped later than its state was saved, in the middle of a line."""
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     log = tmp_path / "run" / "metrics.jsonl"
-    signals = iter([False] * 8 + [True])
+    signals = chain([False] * 8, repeat(True))
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "stop_signals", lambda: _Yielding(lambda: next(signals)))
         with pytest.raises(Interrupted):
@@ -266,13 +267,14 @@ def test_which_optimizer_has_which_parameters() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_muon_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """In bfloat16 to the bit; in float32 but for the rounding."""
+    """With its polynomials: in bfloat16 to the bit; in float32 but for the rounding."""
     monkeypatch.setattr(optim, "choose_precision", lambda _: dtype)
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", [(3.4445, -4.775, 2.0315)] * 5)
+    monkeypatch.setattr(optim, "MARGIN", 1.0)
     weights = [torch.randn(6, 24), torch.randn(24, 6)]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in range(2))
     one = optim.Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.2}])
-    other = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, ns_steps=optim.NEWTON_SCHULZ,
-                             adjust_lr_fn="match_rms_adamw")  # fmt: skip
+    other = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
@@ -282,6 +284,17 @@ def test_muon_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
     rounding = 0.0 if dtype is torch.bfloat16 else 0.02
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=rounding)
+
+
+def test_orthogonalized_keeps_directions_and_evens_out_their_lengths() -> None:
+    u, _ = torch.linalg.qr(torch.randn(24, 8))
+    v, _ = torch.linalg.qr(torch.randn(8, 8))
+    x = u @ torch.diag(torch.logspace(0, -1.3, 8)) @ v.T
+    for matrix, left, right in ((x, u, v), (x.T, v, u)):
+        lengths = torch.diag(left.T @ optim.orthogonalized(matrix).float() @ right)
+        assert lengths.min() > 0.15 and lengths.max() < 2.1
+        rest = left.T @ optim.orthogonalized(matrix).float() @ right - torch.diag(lengths)
+        assert rest.abs().max() < 0.1
 
 
 def test_warm_up_stable_decay() -> None:
