@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +30,8 @@ def process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
+    import torch.distributed.nn  # imported later, its functions would keep the group as a default
+
     backend = "gloo"  # also beside NCCL, for what is on the CPU
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -35,7 +39,11 @@ def process_group() -> Iterator[None]:
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        gc.collect()  # while a model holds the group, gloo's threads go on, and may abort the exit
         dist.destroy_process_group()
 
 
