@@ -174,6 +174,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         return
     try:
         yield lambda: bool(caught)
+    except PeerLost:
+        del old[signal.SIGTERM]  # torchrun ends this one, too, which has a line to say first
+        raise
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
