@@ -26,8 +26,9 @@ _HOME = {
     "dataset_lm": "data",
     "dataset_tsv": "data",
     "load_model": "checkpoint",
-    "generate": "sampling",
-    "stream": "sampling",
+    "generate": "generation",
+    "generate_batch": "generation",
+    "stream": "generation",
     "evaluate": "evaluation",
     "train_lm": "training",
     "train_ft": "training",
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
     from .data import load_corpus_lines as load_corpus_lines
     from .errors import HRMError as HRMError
     from .evaluation import evaluate as evaluate
+    from .generation import generate as generate
+    from .generation import generate_batch as generate_batch
+    from .generation import stream as stream
     from .model import HRMModel as HRMModel
-    from .sampling import generate as generate
-    from .sampling import stream as stream
     from .tokenizer import ByteTokenizer as ByteTokenizer
     from .training import train_ft as train_ft
     from .training import train_lm as train_lm

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -54,6 +54,8 @@ examples:
   hrm-esp generate --prompt "En un lugar de la Mancha"
   hrm-esp generate --prompt "La casa" --temperature 0.6 --top_k 40 --seed 1
   hrm-esp generate --ckpt checkpoints/pretrain_best.pt --mode continue --max_new_tokens 200
+  hrm-esp generate --prompt "Había una vez" --num_samples 5 --stop "."
+  hrm-esp generate --prompts questions.txt --json > answers.jsonl
 """,
     "evaluate": """\
 examples:
@@ -178,22 +180,59 @@ def build_parser() -> argparse.ArgumentParser:
     add_device(groups["run"])
 
     generate = command("generate", run_generate, "Write: continue a prompt, or answer it.")
-    generate.add_argument("--prompt", default="", help="what to continue or to answer")
-    add_ckpt(generate)
-    add = generate.add_argument
+    groups = {name: generate.add_argument_group(name) for name in ("what", "how", "run")}
+    add = groups["what"].add_argument
+    add("--prompt", help="what to continue or to answer (default: nothing)")
+    add("--prompts", metavar="FILE", help="a prompt on each line; - is standard input")
+    add("--encoding", default="utf-8", help="of that file (default: utf-8)")
+    add("--num_samples", type=int, default=1, metavar="N", help="texts for each (default: 1)")
+    add(
+        "--json",
+        action="store_true",
+        help="a line of JSON for each text: prompt, text, logprob, logprobs, finish_reason",
+    )
+    add_ckpt(groups["what"])
+    add = groups["how"].add_argument
     add(
         "--mode",
         choices=("continue", "answer"),
         help="continue: the prompt and what follows it; answer: only the answer "
         "(default: answer after finetuning, else continue)",
     )
-    add("--max_new_tokens", type=int, help="bytes to write at most (default: 512)")
-    add("--min_new_tokens", type=int, default=0, help="bytes to write at least (default: 0)")
-    add("--temperature", type=float, help="0 is greedy (default: 0.8; to answer, 0)")
-    add("--top_k", type=int, default=0, help="choose among the K likeliest bytes (default: all)")
-    add("--top_p", type=float, default=1.0, help="... among those that make up P (default: 1)")
-    add("--seed", type=int, help="the same seed, the same text (default: a new one each time)")
-    add_device(generate)
+    add("--max_new_tokens", type=int, metavar="N", help="bytes to write at most (default: 512)")
+    add(
+        "--min_new_tokens", type=int, default=0, metavar="N",
+        help="bytes to write at least (default: 0)",
+    )  # fmt: skip
+    add(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated"
+    )
+    add("--temperature", type=float, metavar="T", help="0 is greedy (default: 0.8; to answer, 0)")
+    add("--top_k", type=int, default=0, metavar="K", help="of the K likeliest bytes (default: all)")
+    add(
+        "--top_p", type=float, default=1.0, metavar="P",
+        help="of those, the likeliest that make up P (default: 1)",
+    )  # fmt: skip
+    add(
+        "--min_p", type=float, default=0.0, metavar="P",
+        help="of those, the ones at least P times as likely as the likeliest (default: 0)",
+    )  # fmt: skip
+    add("--seed", type=int, metavar="N", help="the same seed, the same text (default: a new one)")
+    add = groups["run"].add_argument
+    add(
+        "--batch_size", type=int, default=32, metavar="N",
+        help="texts written together (default: 32)",
+    )  # fmt: skip
+    add(
+        "--draft_len", type=int, metavar="N",
+        help="bytes that a text written alone is drafted ahead, at most: faster, and as likely "
+        "(default: 16; 0: none)",
+    )  # fmt: skip
+    add(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="of the weights: auto is bf16 where the hardware has it (default: auto)",
+    )  # fmt: skip
+    add_device(groups["run"])
 
     evaluate = command("evaluate", run_evaluate, "Score a text, or a .tsv of prompts and targets.")
     evaluate.add_argument("file", help="the text or .tsv, .gz too")
@@ -255,7 +294,7 @@ def add_fields(groups: dict[str, Any], config: type) -> None:
         add(f"--{f.name}", **keywords)
 
 
-def add_ckpt(parser: argparse.ArgumentParser) -> None:
+def add_ckpt(parser: Any) -> None:
     parser.add_argument(
         "--ckpt",
         metavar="FILE",
@@ -323,23 +362,60 @@ def load(args: argparse.Namespace) -> HRMModel:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    prompt = os.fsencode(args.prompt).decode(errors="ignore")  # argv may hold stray bytes
+    if args.prompt is not None and args.prompts is not None:
+        raise HRMError("give --prompt or --prompts, not both")
+    prompt = os.fsencode(args.prompt or "").decode(errors="ignore")  # argv may hold stray bytes
+    stops = [os.fsencode(s).decode(errors="ignore") for s in args.stop]
     model = load(args)
 
-    from .sampling import stream
+    from .generation import generate_batch, stream
 
     mode = args.mode or ("answer" if model.stage == "finetune" else "continue")
-    names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "seed")
-    text = stream(model, prompt, mode=mode, **{n: getattr(args, n) for n in names})
+    names = "max_new_tokens min_new_tokens temperature top_k top_p min_p seed precision draft_len"
+    given = {n: v for n in names.split() if (v := getattr(args, n)) is not None}
+    options: dict[str, Any] = {"mode": mode, "stop": stops, **given}
+    prompts = [prompt] if args.prompts is None else read_prompts(args.prompts, args.encoding)
+    if mode == "answer":
+        prompts = warned(prompts, model.config.max_len)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    if mode == "answer" and len(prompt.encode()) > model.config.max_len:
-        limit = model.config.max_len
-        print(f"warning: only the first {limit} bytes of the prompt are read", file=sys.stderr)
-    if mode == "continue":
-        print(prompt, end="")
-    for character in text:
-        print(character, end="", flush=True)
-    print()
+    if args.prompts is None and args.num_samples == 1 and not args.json:
+        characters = stream(model, *prompts, **options)
+        if mode == "continue":
+            print(prompt, end="")
+        try:
+            for character in characters:
+                print(character, end="", flush=True)
+        finally:
+            print()
+        return
+    batch = {"num_samples": args.num_samples, "batch_size": args.batch_size}
+    for text in generate_batch(model, prompts, **batch, **options):
+        if args.json:
+            line = json.dumps(text.as_dict(), ensure_ascii=False)
+        else:
+            whole = text.prompt * (mode == "continue") + text.text
+            line = " ".join(whole.splitlines())  # a text a line
+        print(line, flush=True)
+
+
+def read_prompts(path: str, encoding: str) -> Iterator[str]:
+    """The lines of a file or of standard input, blank ones too, as they come."""
+    from .data import open_text
+
+    if path != "-":
+        with open_text(path, encoding) as file:
+            yield from (line.removesuffix("\n") for line in file)
+        return
+    sys.stdin.reconfigure(encoding=encoding, errors="ignore")  # type: ignore[union-attr]
+    yield from (line.removesuffix("\n") for line in sys.stdin)
+
+
+def warned(prompts: Iterable[str], limit: int) -> Iterator[str]:
+    """The prompts, with a line on stderr for each that is longer than is read of it."""
+    for prompt in prompts:
+        if len(prompt.encode(errors="ignore")) > limit:
+            print(f"warning: only the first {limit} bytes of the prompt are read", file=sys.stderr)
+        yield prompt
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,12 +23,12 @@ from .config import RECENT_ORDERS, HRMConfig
 from .data import Stream, as_inputs, as_targets
 from .files import mapped
 from .layers import ngram_hashes
-from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
+from .lookup import TOKEN_BITS, Followers, Reader, Table
+from .tokenizer import BOS, EOS, PAD
 
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)  # of the table
 COUNTED = 2**23  # bytes whose n-grams are counted, at most: of a larger text, pieces from all of it
 PIECE = 2**16
-TOKEN_BITS = 9
 SURE = 1 - 2**-12  # the largest share of the counts: what was never seen stays possible
 
 
@@ -69,6 +70,7 @@ class NgramCounts(nn.Module):
         orders = self.orders + self.recent_orders
         n = len(orders)
         self.recent_len = config.recent_len
+        self._table: tuple[Tensor, Table] | None = None  # and the entries it was made from
         # The places of all orders, both kinds together, by rising order; and the way back.
         self.by_length = sorted(range(n), key=orders.__getitem__)
         self.by_kind = sorted(range(n), key=self.by_length.__getitem__)
@@ -161,42 +163,41 @@ class NgramCounts(nn.Module):
         rest, shares = self._shares(times, distinct, states)
         return p * rest + (shares * hits / times.clamp(min=1)).sum(-1)
 
-    def mix(
-        self, logits: Tensor, states: Tensor, ids: Tensor, recent: Recent, past: Tensor | None
-    ) -> Tensor:
+    def table(self) -> Table:
+        """For looking up one place at a time."""
+        if self._table is None or self._table[0] is not self.entries:
+            entries, cumulative = self.entries.cpu().numpy(), self.cumulative.cpu().numpy()
+            made = Table(entries, cumulative, self.orders, self.recent_orders, self.by_kind)
+            self._table = self.entries, made
+        return self._table[1]
+
+    def followers(self, ids: Tensor, past: Tensor | None = None) -> list[list[Followers]]:
+        """What came after the contexts at each of ids (B, T), after ``past`` (B, R), if any."""
+        found = []
+        before = self._nearest(ids[:, :0] if past is None else past).tolist()
+        for row, known in zip(ids.tolist(), before, strict=True):
+            reader, places = Reader(self.table(), known), []
+            for token in row:
+                reader.read(token)
+                places.append(reader.followers())
+            found.append(places)
+        return found
+
+    def mix(self, logits: Tensor, states: Tensor, found: Sequence[Sequence[Followers]]) -> Tensor:
         """The network's logits (B, T, V) -> the log-probabilities of the mixture, (B, T, V).
 
         Args:
             states: (B, T, D), the network's.
-            ids: (B, T), the tokens read.
-            recent: the tokens before; takes ``ids`` in.
-            past: (B, R), tokens to be taken in before those, if any.
+            found: what followed the contexts at each place, B rows of T.
         """
-        if past is not None and (nearest := self._nearest(past)).shape[1]:
-            recent.read(nearest, self)
-        digest, complete = recent.read(ids, self)
-        n = len(self.orders)
-        begin, end = self._ranges(digest[..., :n], complete[..., :n])
-        same, is_new = recent.matches(ids.shape[1])
-        same = same & complete[:, :, None, n:]
-        times = torch.cat((self.cumulative[end] - self.cumulative[begin], same.sum(2)), -1)
-        distinct = torch.cat((end - begin, (same & is_new).sum(2)), -1)
-        times, distinct = times[..., self.by_length], distinct[..., self.by_length]
-        rest, shares = self._shares(times, distinct, states)
-        share = (shares / times.clamp(min=1))[..., self.by_kind]
-        p = logits.float().softmax(-1) * rest[..., None]
-        # All entries of all contexts, one after another, each with the context it belongs to.
-        size = (end - begin).flatten()
-        context = torch.repeat_interleave(size)
-        place = torch.arange(len(context), device=size.device)
-        place += (begin.flatten() - size.cumsum(0) + size)[context]
-        met = self.cumulative[place + 1] - self.cumulative[place]
-        token = self.entries[place] & (2**TOKEN_BITS - 1)
-        p.view(-1).index_add_(
-            0, context // n * VOCAB_SIZE + token, met * share[..., :n].flatten()[context]
+        times, distinct, shares = (
+            torch.from_numpy(np.array(part).reshape(*states.shape[:2], *part[0].shape))
+            for part in zip(*chain.from_iterable(found), strict=True)
         )
-        follower = following(recent.ids)[:, None, :-1].expand(same.shape[:3])
-        return p.scatter_add(2, follower, (same * share[:, :, None, n:]).sum(-1)).log()
+        device = logits.device
+        rest, weights = self._shares(times.to(device), distinct.to(device), states)
+        counted = (weights[..., None, :] @ shares.to(device)).squeeze(-2)
+        return torch.addcmul(counted, logits.float().softmax(-1), rest[..., None]).log()
 
     def _nearest(self, past: Tensor) -> Tensor:
         """The last ``recent_len`` of past (B, R)."""
@@ -267,54 +268,6 @@ class NgramCounts(nn.Module):
         left = (1 - weights).flip(-1).cumprod(-1).flip(-1)  # by an order and all after it
         shares = SURE * weights * F.pad(left[..., 1:], (0, 1), value=1.0)
         return 1 - SURE + SURE * left[..., 0], shares
-
-
-class Recent:
-    """The tokens read so far, and what is known of their contexts, for generation."""
-
-    ids: Tensor  # (B, P)
-    digest: Tensor  # (B, P, N), of the context that each of them ends
-    pair: Tensor  # (B, P - 1, N), the same with the token after it
-    is_new: Tensor  # (B, P - 1, N), whether that one was not met after this context before
-
-    def __init__(self) -> None:
-        self.is_empty = True
-
-    def read(self, ids: Tensor, counts: NgramCounts) -> tuple[Tensor, Tensor]:
-        """Takes in ids (B, T); returns the hashes of their contexts of all orders, first the
-        table's, and which are complete, (B, T, N)."""
-        if self.is_empty:
-            empty = torch.zeros(len(ids), 0, len(counts.recent_orders), device=ids.device)
-            self.ids, self.is_empty = ids[:, :0], False
-            self.digest = self.pair = empty.long()
-            self.is_new = empty.bool()
-        digest, complete = contexts(ids, counts.orders + counts.recent_orders, self.ids)
-        self.ids = torch.cat((self.ids, ids), dim=1)
-        self.digest = torch.cat((self.digest, digest[..., len(counts.orders) :]), dim=1)
-        known = self.pair.shape[1]
-        pair = key(self.digest[:, known:-1], following(self.ids[:, known:])[:, :-1, None])
-        if pair.shape[1] == 1:  # a step of generation
-            is_new = ~(self.pair == pair).any(1, keepdim=True)
-            self.pair = torch.cat((self.pair, pair), dim=1)
-        else:
-            self.pair = torch.cat((self.pair, pair), dim=1)
-            is_new = (Runs(self.pair).rank() == 0)[:, known:]
-        self.is_new = torch.cat((self.is_new, is_new), dim=1)
-        return digest, complete
-
-    def matches(self, n: int) -> tuple[Tensor, Tensor]:
-        """Which places before had the same context as each of the last n, (B, n, P - 1, N), and
-        whether what followed there was new after it, (B, 1, P - 1, N)."""
-        size = self.ids.shape[1]
-        earlier = torch.ones(n, size - 1, dtype=torch.bool, device=self.ids.device)
-        same = self.digest[:, size - n :, None] == self.digest[:, None, :-1]
-        return same & earlier.tril(size - n - 1)[..., None], self.is_new[:, None]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps only the given rows of the batch."""
-        if not self.is_empty:
-            self.ids, self.digest = self.ids[rows], self.digest[rows]
-            self.pair, self.is_new = self.pair[rows], self.is_new[rows]
 
 
 def counted_pieces(n: int) -> np.ndarray:

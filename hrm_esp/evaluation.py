@@ -24,11 +24,12 @@ from .data import (
     dataset_tsv,
     load_stream,
 )
+from .decoding import window_start
 from .device import autocast, choose_precision
 from .errors import HRMError
+from .generation import generate_batch
 from .model import HRMModel
 from .progress import scoring_bar
-from .sampling import answer_batch, window_start
 from .tokenizer import BOS, PAD
 
 Progress = Callable[[int], object]  # told how many bytes or rows are done
@@ -188,9 +189,12 @@ def answers(
         group = places[begin : begin + batch_size]
         pairs = [data[i] for i in group]
         # 4 bytes more than are read: what no longer fits would depend on the batch.
-        texts = answer_batch(model, [p.prompt for p in pairs], enough(pairs[-1]) + 4)
-        for i, pair, text in zip(group, pairs, texts, strict=True):
-            found[i] = Answer(pair, cut(text.encode(), enough(pair)).decode())
+        texts = generate_batch(
+            model, [p.prompt.decode() for p in pairs], mode="answer", precision="fp32",
+            max_new_tokens=enough(pairs[-1]) + 4, batch_size=batch_size,
+        )  # fmt: skip
+        for i, pair, written in zip(group, pairs, texts, strict=True):
+            found[i] = Answer(pair, cut(written.text.encode(), enough(pair)).decode())
         if progress is not None:
             progress(len(group))
     model.train(training)

@@ -16,14 +16,20 @@ from .config import HRMConfig
 from .tokenizer import BOS, PAD
 
 
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / rms(x), (..., D) -> (..., 1), in few passes over memory."""
+    wide = None if x.dtype == torch.float32 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+
+
 class RMSNormFunction(torch.autograd.Function):
     """x / rms(x), in fewer passes over memory than PyTorch's own takes on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         """(..., D) -> (..., D)."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+        scale = rms_scale(x, eps)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -38,6 +44,8 @@ class RMSNormFunction(torch.autograd.Function):
 
 def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """(..., D) -> (..., D), each row with a root mean square of one."""
+    if not torch.is_grad_enabled():
+        return x * rms_scale(x, eps)
     return RMSNormFunction.apply(x, eps)
 
 
@@ -53,6 +61,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x) * self.weight.to(x.dtype)
 
 
+def dropout(p: float) -> nn.Module:
+    """Nothing at all for 0."""
+    return nn.Dropout(p) if p else nn.Identity()
+
+
 def linear(d_in: int, d_out: int, *, zero: bool = False) -> nn.Linear:
     """A projection without bias; ``zero`` for those that write to the residual stream."""
     layer = nn.Linear(d_in, d_out, bias=False)
@@ -61,6 +74,11 @@ def linear(d_in: int, d_out: int, *, zero: bool = False) -> nn.Linear:
     else:
         nn.init.normal_(layer.weight, std=0.5 * d_in**-0.5)
     return layer
+
+
+# Of rotary positions: cosines and sines, each (T, 1, d), or (B, T, 1, d) where rows differ. Sines
+# of the first half are negated, as `rotate` takes them.
+Angles = tuple[Tensor, Tensor]
 
 
 class Rotary(nn.Module):
@@ -79,25 +97,37 @@ class Rotary(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions ``start`` to ``start + length``, each (length, d / 2)."""
-        return self.cos[start : start + length], self.sin[start : start + length]
+    def forward(self, places: slice | Tensor) -> Angles:
+        """Those of a range of T positions, or of any (..., T)."""
+        return self.cos[places], self.sin[places]
 
-    def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of any positions (..., T), each (..., T, d / 2)."""
-        angle = places[..., None] * self.frequency
-        return angle.cos(), angle.sin()
+    def at(self, places: Tensor) -> Angles:
+        """Those of any positions (..., T), also beyond the table."""
+        angle = places[..., None, None] * self.frequency
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def characters(ids: Tensor, before: Tensor | None = None) -> Tensor:
-    """Which character each of ids (B, T) is part of, after the tokens ``before`` (B, R), counted
-    from 0 where they begin with one, -> (B, T). A token that is no byte is one of its own."""
+def begins_character(ids: Any) -> Any:
+    """Whether a token, or each of a tensor, is a character's first; one that is no byte is one of
+    its own."""
+    return (ids < 0x80) | (ids > 0xBF)
 
-    def begins(ids: Tensor) -> Tensor:
-        return ((ids < 0x80) | (ids > 0xBF)).long()
 
-    place = begins(ids).cumsum(1) - 1
-    return place if before is None else place + begins(before).sum(1, keepdim=True)
+def characters(ids: Tensor) -> Tensor:
+    """Which character each of ids (B, T) is part of, from 0 on, -> (B, T)."""
+    return begins_character(ids).long().cumsum(1) - 1
+
+
+HASH_FACTOR = 1_000_003
+
+
+def hash_factors(longest: int) -> Tensor:
+    """What the last 1, 2, ... ``longest`` tokens, each plus one and the last first, are multiplied
+    by in the sums that are their hashes, (longest, longest) int64. See `ngram_hashes`."""
+    n = range(longest)
+    factors = [[pow(HASH_FACTOR, i - j, 2**64) if j <= i else 0 for j in n] for i in n]
+    return torch.tensor(factors, dtype=torch.uint64).view(torch.int64)
 
 
 def ngram_hashes(ids: Tensor, longest: int, reach: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -120,7 +150,7 @@ def ngram_hashes(ids: Tensor, longest: int, reach: int = 0) -> Iterator[tuple[Te
     for k in range(longest):
         token = ids[:, first - k : ids.shape[1] - k]
         inside = inside & (token != PAD)
-        digest = digest * 1_000_003 + torch.where(inside, token + 1, 0)  # int64 wraps around
+        digest = digest * HASH_FACTOR + torch.where(inside, token + 1, 0)  # int64 wraps around
         yield digest, inside
         inside = inside & (token != BOS)
 
@@ -141,6 +171,12 @@ class NgramEmbedding(nn.Module):
             len(self.orders) * self.rows, config.d_model, mode="sum", sparse=True
         )
         nn.init.zeros_(self.table.weight)
+        orders = torch.tensor(self.orders)
+        self.register_buffer("first_rows", (orders - 2) * self.rows, persistent=False)
+        self.register_buffer("factors", hash_factors(config.ngram_max)[1:], persistent=False)
+
+    factors: Tensor  # (orders, longest)
+    first_rows: Tensor  # (orders,)
 
     def forward(self, ids: Tensor, before: Tensor) -> Tensor:
         """ids: (B, T), after the tokens ``before`` (B, R) -> (B, T, D)."""
@@ -154,30 +190,26 @@ class NgramEmbedding(nn.Module):
         else:  # which has no EmbeddingBag
             vectors = F.embedding(index.flatten(0, 1), self.table.weight)
             summed = (vectors if weights is None else vectors * weights[..., None]).sum(1)
-        return summed.view(*ids.shape, -1)
+        return summed.view(*ids.shape, self.table.embedding_dim)
 
     def index(self, ids: Tensor, before: Tensor) -> Tensor:
         """ids: (B, T), after ``before`` (B, R) -> rows of the table, (B, T, orders)."""
-        before = before[:, max(0, before.shape[1] - self.orders[-1] + 1) :]
-        rows = []
-        window = torch.cat((before, ids), dim=1)
-        for k, (digest, _) in enumerate(ngram_hashes(window, self.orders[-1], before.shape[1])):
-            if k:
-                mixed = (digest ^ (digest >> 29)) * 0x9E3779B97F4A7C1 >> 24
-                rows.append(mixed % self.rows + (k - 1) * self.rows)
-        return torch.stack(rows, dim=-1)
-
-
-Angles = tuple[Tensor, Tensor]
+        longest, n = self.orders[-1], ids.shape[1]
+        window = torch.cat((before, ids), dim=1)[:, -n - longest :]  # one more: T may be 0
+        window = F.pad(window, (n + longest - window.shape[1], 0), value=PAD)
+        last = window.unfold(1, longest, 1)[:, 1:].flip(-1)  # (B, T, longest), the token first
+        outside = last == PAD
+        outside[..., 1:] |= last[..., :-1] == BOS
+        values = (last + 1).masked_fill_(outside.cumsum(-1) > 0, 0)
+        digest = (values[..., None, :] * self.factors).sum(-1)
+        mixed = (digest ^ (digest >> 29)) * 0x9E3779B97F4A7C1 >> 24
+        return mixed % self.rows + self.first_rows
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Turns each pair (x[i], x[i + d/2]) by its position's angle, (T, d / 2) or (B, T, d / 2).
-    x: (B, T, ..., d) -> the same."""
-    between = (1,) * (x.dim() - 3)
-    cos, sin = (a.to(x.dtype).view(*a.shape[:-1], *between, -1) for a in angles)
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    """Turns each pair (x[i], x[i + d/2]) by its position's angle. x: (B, T, H, d) -> the same."""
+    cos, sin = (a.to(x.dtype) for a in angles)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Memory(NamedTuple):
@@ -197,29 +229,44 @@ BLOCK = 128  # queries whose causal attention is computed together on a CPU
 
 
 class KVCache:
-    """Keys and values of one attention, (B, H, capacity, d), filled from the left."""
+    """Keys and values of one attention, (2, B, H, capacity, d), filled from the left."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.held: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, H, T, d) keys and values; returns all so far, (B, H, S, d)."""
-        if self.keys is None or self.values is None:
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        end = self.length + k.shape[2]
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
+        if self.held is None:
+            self.held = k.new_empty((2, *k.shape[:2], self.capacity, k.shape[3]))
+        begin, self.length = self.length, self.length + k.shape[2]
+        keys, values = self.held[..., : self.length, :].unbind()
+        keys[:, :, begin:] = k
+        values[:, :, begin:] = v
+        return keys, values
+
+    def put(self, rows: Tensor, n_rows: int, end: int, other: KVCache) -> None:
+        """Replaces what the given ones of ``n_rows`` rows hold by what another cache's rows do,
+        moved to end at ``end``."""
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        if other.held is None:
+            return
+        _, _, *rest = other.held.shape
+        if self.held is None:
+            self.held = other.held.new_zeros((2, n_rows, rest[0], self.capacity, rest[2]))
+        self.held[:, rows, :, end - other.length : end] = other.held[..., : other.length, :]
+
+    def shift(self, n: int) -> None:
+        """Forgets the first n."""
+        self.length -= n
+        if self.held is not None:
+            self.held[..., : self.length, :] = self.held[..., n : n + self.length, :].clone()
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given rows of the batch."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.held is not None:
+            self.held = self.held[:, rows]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -273,28 +320,25 @@ class MHA(nn.Module):
         x: Tensor,
         *,
         angles: Angles | None = None,
-        visible: Tensor | None = None,
+        mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Self attention. x: (B, T, D) -> (B, T, D).
 
         Args:
             angles: of the positions of ``x``.
-            visible: (B, T) bool, the keys that may be read; all by default.
+            mask: bool, broadcast to (B, H, T, S), the keys that may be read, the cache's first; by
+                default all, or if causal, where nothing is in the cache, those up to the query's.
             cache: holds what came before ``x`` and takes its keys and values in.
         """
-        qkv = self.wqkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
-        qk, v = qkv.split((2, 1), dim=2)  # backwards one copy, where slices would take three
-        q, k = (t.transpose(1, 2) for t in self._prepare(qk, angles).unbind(2))
-        v = v.squeeze(2).transpose(1, 2)
+        h = self.n_heads
+        qkv = self.wqkv(x).view(*x.shape[:2], 3 * h, self.head_dim)
+        qk, v = qkv.split((2 * h, h), dim=2)  # backwards one copy, where slices would take three
+        q, k = self._prepare(qk, angles).transpose(1, 2).split(h, dim=1)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        mask = None if visible is None else visible[:, None, None, :]
-        causal = self.causal and q.shape[2] > 1
-        if causal and q.shape[2] < k.shape[2]:  # SDPA's is_causal aligns the upper left corner
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
-            mask, causal = mask.tril(k.shape[2] - q.shape[2]), False
-        return self._attend(q, k, v, mask, causal)
+        return self._attend(q, k, v, mask, self.causal and mask is None and q.shape[2] > 1)
 
     def attend_memory(
         self,
@@ -312,8 +356,8 @@ class MHA(nn.Module):
             cache: keeps the memory's keys and values after the first call.
         """
         q = self._prepare(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), angles)
-        if cache is not None and cache.keys is not None and cache.values is not None:
-            k, v = cache.keys, cache.values
+        if cache is not None and cache.held is not None:
+            k, v = cache.held.unbind()
         else:
             kv = self.wkv(memory.states).unflatten(-1, (2, self.n_heads, self.head_dim))
             k = self._prepare(kv[:, :, 0], memory_angles).transpose(1, 2)
@@ -329,7 +373,7 @@ class MHA(nn.Module):
         return read * readable[:, None, None].to(read.dtype)
 
     def _prepare(self, x: Tensor, angles: Angles | None) -> Tensor:
-        """Norm and rotation of queries or keys. (B, T, ..., d) -> the same."""
+        """Norm and rotation of queries or keys. (B, T, H, d) -> the same."""
         if self.qk_norm:
             x = rms_norm(x)
         return x if angles is None else rotate(x, angles)
@@ -365,11 +409,12 @@ class EncoderBlock(nn.Module):
         self.attn = MHA(config)
         self.norm_ffn = RMSNorm(config.d_model)
         self.ffn = FFN(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
 
     def forward(self, x: Tensor, angles: Angles | None, visible: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); keys where ``visible`` (B, T) is false are never read."""
-        x = x + self.dropout(self.attn(self.norm_attn(x), angles=angles, visible=visible))
+        mask = None if visible is None else visible[:, None, None, :]
+        x = x + self.dropout(self.attn(self.norm_attn(x), angles=angles, mask=mask))
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
 
@@ -391,7 +436,7 @@ class DecoderBlock(nn.Module):
         self.cross = MHA(config, cross=True) if config.memory else None
         self.norm_ffn = RMSNorm(config.d_model)
         self.ffn = FFN(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
 
     def forward(
         self,
@@ -401,15 +446,18 @@ class DecoderBlock(nn.Module):
         cross_angles: Angles | None = None,
         memory_angles: Angles | None = None,
         cache: BlockCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); without ``memory`` the cross attention adds nothing.
 
         Args:
             angles, cross_angles: of the positions of ``x``, for self and for cross attention.
             memory_angles: of those of the memory.
+            mask: of self attention, see `MHA.forward`.
         """
         own = None if cache is None else cache.own
-        x = x + self.dropout(self.attn(self.norm_attn(x), angles=angles, cache=own))
+        attn = self.attn(self.norm_attn(x), angles=angles, mask=mask, cache=own)
+        x = x + self.dropout(attn)
         if self.cross is not None and self.norm_cross is not None and memory is not None:
             read = self.cross.attend_memory(
                 self.norm_cross(x),

@@ -6,12 +6,14 @@ G codebooks of K codes, V = vocab_size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HRMConfig
-from .counts import NgramCounts, Recent
+from .counts import NgramCounts
 from .layers import (
     Angles,
     BlockCache,
@@ -25,6 +27,7 @@ from .layers import (
     characters,
     linear,
 )
+from .lookup import Followers
 from .tokenizer import PAD, PLAN, VOCAB_SIZE
 
 
@@ -41,14 +44,18 @@ class Positions(nn.Module):
         if self.learned is not None:
             nn.init.normal_(self.learned.weight, std=0.5)
 
-    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, Angles | None]:
-        """x: (B, T, D), the embeddings of positions ``start`` to ``start + T``."""
+    def forward(
+        self, x: Tensor, start: int = 0, places: Tensor | None = None
+    ) -> tuple[Tensor, Angles | None]:
+        """x: (B, T, D), the embeddings of positions ``start`` to ``start + T``, or of ``places``
+        (B, T)."""
         end = start + x.shape[1]
         if end > self.capacity:
             raise ValueError(f"{end} positions, but the model has {self.capacity}")
+        at = slice(start, end) if places is None else places
         if self.learned is not None:
-            return x + self.learned.weight[start:end].to(x.dtype), None
-        return x, None if self.rotary is None else self.rotary(start, x.shape[1])
+            return x + self.learned.weight[at].to(x.dtype), None
+        return x, None if self.rotary is None else self.rotary(at)
 
     def angles_at(self, places: Tensor) -> Angles | None:
         """places: (B, T), from any 0 on -> angles (rotary) or nothing (learned)."""
@@ -147,26 +154,77 @@ class Planner(nn.Module):
 
 
 class ExecutorCache:
-    """What the Executor has read: for each block, its keys and values; ``length`` counts PLAN."""
+    """What the Executor has read: for each block, its keys and values.
+
+    Rows may have read texts of different lengths: they end together, at ``length`` (PLAN counts),
+    and the first ``offset`` (B,) of each are not its own; ``None``: all are.
+    """
 
     def __init__(self, n_layers: int, capacity: int, memory: Memory | None) -> None:
         reads = 0 if memory is None else memory.states.shape[1]
         self.blocks = [BlockCache(KVCache(capacity), KVCache(reads)) for _ in range(n_layers)]
-        self.ids: Tensor | None = None  # (B, T), the tokens read
-        self.recent = Recent()
+        self.offset: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        return self.blocks[0].own.capacity
 
     @property
     def length(self) -> int:
         return self.blocks[0].own.length
+
+    def places(self, n: int) -> Tensor | None:
+        """Positions of the next n tokens, (B, n), if rows differ in them."""
+        if self.offset is None:
+            return None
+        return self.length - self.offset[:, None] + torch.arange(n, device=self.offset.device)
+
+    def mask(self, n: int, device: torch.device) -> Tensor | None:
+        """Which keys the next n tokens may read, (n, length + n) or, where rows differ in them,
+        (B, 1, n, length + n); None: all, or those up to their own in an empty cache."""
+        own = None
+        if self.offset is not None:
+            slots = torch.arange(self.length + n, device=device)
+            own = (slots >= self.offset[:, None])[:, None, None]
+        if n == 1 or self.length == 0:
+            return own
+        causal = torch.ones(n, self.length + n, dtype=torch.bool, device=device).tril(self.length)
+        return causal if own is None else causal & own
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the keys and values of the memory are known."""
+        return self.blocks[0].memory.length > 0
+
+    def drop(self, n: int) -> None:
+        """Forgets the last n tokens."""
+        for block in self.blocks:
+            block.own.length -= n
+
+    def shift(self, n: int) -> None:
+        """Makes room: forgets the first n slots, which are no row's own."""
+        assert self.offset is not None
+        self.offset = self.offset - n
+        for block in self.blocks:
+            block.own.shift(n)
+
+    def put(self, rows: Tensor, n_rows: int, end: int, other: ExecutorCache) -> None:
+        """Replaces what the given ones of ``n_rows`` rows have read by what another cache's rows
+        have, moved to end at ``end``."""
+        if self.offset is None:
+            self.offset = torch.zeros(n_rows, dtype=torch.long, device=rows.device)
+        self.offset[rows] = end - other.length
+        for block, theirs in zip(self.blocks, other.blocks, strict=True):
+            block.own.put(rows, n_rows, end, theirs.own)
+            block.memory.put(rows, n_rows, theirs.memory.length, theirs.memory)
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given rows of the batch."""
         for block in self.blocks:
             block.own.select(rows)
             block.memory.select(rows)
-        if self.ids is not None:
-            self.ids = self.ids[rows]
-        self.recent.select(rows)
+        if self.offset is not None:
+            self.offset = self.offset[rows]
 
 
 class Executor(nn.Module):
@@ -187,7 +245,6 @@ class Executor(nn.Module):
         y_in: Tensor,
         plan_vec: Tensor,
         memory: Memory | None = None,
-        cache: ExecutorCache | None = None,
         past: Tensor | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
@@ -195,21 +252,24 @@ class Executor(nn.Module):
 
         Args:
             memory: the Planner's states of the prompt, read where the model has cross attention.
-            cache: what came before ``y_in``; ``[PLAN]`` is put in front only where it is empty.
             past: (B, R), the text before the window that begins with ``y_in``, for the counts
-                alone; none by default. Not to be given again with a cache that has read on.
+                alone; none by default.
             places: (B, T), which character of the answer each of y_in is part of, for cross
-                attention; by default y_in begins the answer, or goes on from the cache.
+                attention; by default y_in begins the answer.
 
         Raises:
             ValueError: more positions than ``max_len``.
         """
-        states = self.read(y_in, plan_vec, memory, cache, places)
-        logits = self.lm_head(states)
-        if self.counts is None:
+        states = self.read(y_in, plan_vec, memory, places=places)
+        found = None if self.counts is None else self.counts.followers(y_in, past)
+        return self.logits(states, found)
+
+    def logits(self, states: Tensor, found: Sequence[Sequence[Followers]] | None) -> Tensor:
+        """States (B, T, D), and what the counts know of each place -> logits (B, T, V)."""
+        logits: Tensor = self.lm_head(states)
+        if self.counts is None or found is None:
             return logits
-        recent = Recent() if cache is None else cache.recent
-        return self.counts.mix(logits, states, y_in, recent, past)
+        return self.counts.mix(logits, states, found)
 
     def nats(
         self,
@@ -246,29 +306,39 @@ class Executor(nn.Module):
         memory: Memory | None = None,
         cache: ExecutorCache | None = None,
         places: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """The states from which each next token is foretold, (B, T, D); arguments as in `forward`.
-        Adds to the cache."""
-        before = None if cache is None else cache.ids
+
+        Args:
+            cache: what came before ``y_in``, which is added to it; ``[PLAN]`` is put in front only
+                where it is empty.
+            before: (B, R), the last tokens in the cache, PAD where there are fewer, for the n-gram
+                embeddings.
+        """
         x = self.tok_emb(y_in, before)
         start = 0 if cache is None else cache.length
-        if cache is not None:
-            cache.ids = y_in if cache.ids is None else torch.cat((cache.ids, y_in), dim=1)
         if start == 0:
             plan = self.tok_emb.weight[PLAN] + self.from_plan(plan_vec.to(x.dtype))
             x = torch.cat((plan[:, None].to(x.dtype), x), dim=1)
-        x, angles = self.positions(x, start)
+        positions = mask = None
+        if cache is not None:
+            positions, mask = cache.places(x.shape[1]), cache.mask(x.shape[1], x.device)
+        x, angles = self.positions(x, 0 if positions is not None else start, positions)
         cross_angles = memory_angles = None
         if memory is not None:
             # Characters, not bytes: a letter that gains its accent moves nothing after it, and what
             # is copied stays where it was, however long the prompt.
-            places = characters(y_in, before) if places is None else places
-            if start == 0:
-                places = torch.cat((places[:, :1], places), dim=1)  # PLAN
+            places = characters(y_in) if places is None else places
+            if start == 0:  # PLAN is where the window begins: at 0 if it is empty
+                first = places[:, :1] if places.shape[1] else places.new_zeros(len(places), 1)
+                places = torch.cat((first, places), dim=1)
             cross_angles = self.positions.angles_at(places)
-            memory_angles = self.positions.angles_at(memory.places)
+            if cache is None or not cache.has_memory:
+                memory_angles = self.positions.angles_at(memory.places)
         for i, block in enumerate(self.blocks):
-            x = block(x, angles, memory, cross_angles, memory_angles, cache and cache.blocks[i])
+            own = cache and cache.blocks[i]
+            x = block(x, angles, memory, cross_angles, memory_angles, own, mask)
         return self.norm(x[:, 1:] if start == 0 else x)
 
 
@@ -333,10 +403,6 @@ class HRMModel(nn.Module):
             return plan_vec, code_logits, None
         visible = (prompt_ids != PAD) & reads_memory[:, None]
         return plan_vec, code_logits, states._replace(visible=visible)
-
-    def new_cache(self, memory: Memory | None = None) -> ExecutorCache:
-        """An empty cache for the Executor, with room for PLAN and ``max_len`` tokens."""
-        return ExecutorCache(self.config.n_layers_dec, self.config.max_len + 1, memory)
 
     @property
     def device(self) -> torch.device:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from hrm_esp import counts
 from hrm_esp.config import HRMConfig
-from hrm_esp.counts import NgramCounts, Recent
+from hrm_esp.counts import NgramCounts
 from hrm_esp.data import as_inputs, as_targets
+from hrm_esp.lookup import Reader, order_weights
 from hrm_esp.tokenizer import BOS, PAD
 
 TABLE, JUST_READ = [2, 3, 4, 5, 6, 7, 8], [4, 6]
@@ -90,7 +91,7 @@ def ask(
     p = torch.full(targets.shape, 1 / 260)
     with torch.no_grad():
         probability = made.probability(p, states, ids, targets, past, leave_out)
-        logits = made.mix(torch.zeros(*ids.shape, 260), states, ids, Recent(), past)
+        logits = made.mix(torch.zeros(*ids.shape, 260), states, made.followers(ids, past))
     return probability[0], logits[0], targets[0]
 
 
@@ -105,6 +106,41 @@ def test_the_table_is_what_counting_gives(text: str, here: str, begin: int) -> N
         assert p == pytest.approx(by_counting, rel=1e-4)
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(len(found)))
     torch.testing.assert_close(logits.gather(1, targets[:, None])[:, 0], found.log())
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, TEXTS, st.integers(1, 19))
+def test_what_was_read_can_be_taken_back(text: str, here: str, n: int) -> None:
+    ids = as_inputs(np.frombuffer(here.encode(), dtype=np.uint8)).tolist()
+    reader = Reader(table(text.encode()).table(), ids[:-n])
+    before = reader.followers()
+    for _ in range(2):
+        for token in ids[-n:]:
+            reader.read(token)
+        for one, other in zip(
+            reader.followers(), Reader(reader.table, ids).followers(), strict=True
+        ):
+            np.testing.assert_allclose(one, other)
+        for _ in range(n):
+            reader.unread()
+    for one, other in zip(reader.followers(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, TEXTS, st.integers(0, 9))
+def test_orders_weigh_as_in_the_mixture(text: str, here: str, seed: int) -> None:
+    """What is drafted by is what the mixture adds to the network's own probabilities."""
+    made = table(text.encode(), seed)
+    ids = torch.from_numpy(as_inputs(np.frombuffer(here.encode(), dtype=np.uint8)))[None]
+    state = torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(seed))
+    ((*_, found),) = made.followers(ids)
+    with torch.no_grad():
+        mixed = made.mix(torch.zeros(1, 1, 260), state, [[found]]).exp()[0, 0]
+        hint = made.by_state(state)[0, 0].numpy()
+    expected = order_weights(found, made.by_count.detach().numpy(), hint) @ found.shares
+    rest = 1 - counts.SURE * expected.sum()
+    np.testing.assert_allclose(mixed, counts.SURE * expected + rest / 260, rtol=1e-3)
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp.data import Pair, TSVDataset
+from hrm_esp.decoding import window_start
 from hrm_esp.evaluation import (
     edit_distance,
     evaluate,
@@ -19,7 +20,6 @@ from hrm_esp.evaluation import (
     wilson,
 )
 from hrm_esp.model import HRMModel
-from hrm_esp.sampling import window_start
 from hrm_esp.tokenizer import BOS, EOS
 
 TEXT = "Érase una vez un gato.\nEl gato dormía mucho; y soñaba.\nFin: el año acabó.\n"

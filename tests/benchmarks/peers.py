@@ -27,9 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
 from hrm_esp.data import Batch, LMDataset, load_stream
+from hrm_esp.decoding import window_start
 from hrm_esp.device import autocast, choose_device, choose_precision, keep_freed_memory
 from hrm_esp.evaluation import scoring_windows
-from hrm_esp.sampling import window_start
 from hrm_esp.tokenizer import PAD, VOCAB_SIZE
 from hrm_esp.training import train_lm
 

@@ -1,0 +1,333 @@
+"""The Executor writing, a few tokens at a time; what it has read is kept.
+
+Shapes: B rows, T new tokens, D = d_model, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .device import autocast
+from .layers import Memory, begins_character, characters
+from .lookup import Followers, Reader, order_weights
+from .model import Executor, ExecutorCache, HRMModel
+from .sampling import AFTER, Sampling, draw, probabilities
+from .tokenizer import EOS, PAD
+
+Array = NDArray[np.float32]
+
+
+def window_start(n_tokens: int, max_len: int) -> int:
+    """Where the Executor's window begins once there are ``n_tokens``.
+
+    Whenever ``max_len`` is full it drops the older half. Scoring uses the same windows.
+    """
+    stride = max_len - max_len // 2
+    return max(0, -(-(n_tokens - max_len) // stride)) * stride
+
+
+class Decoder:
+    """What comes next, for rows of tokens that grow.
+
+    Args:
+        executor: the model's own, or a `packed` one.
+        plan: (B, P).
+        rows: the tokens of each, BOS first.
+        before: what was read before the first token of each, for the counts.
+        dtype: of the products, where the executor is not packed.
+    """
+
+    def __init__(
+        self,
+        model: HRMModel,
+        executor: Executor,
+        plan: Tensor,
+        rows: Sequence[Sequence[int]],
+        memory: Memory | None = None,
+        before: Sequence[bytes] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config, self.device = model.config, model.device
+        # On a CPU only the weights are in a lower precision: the rest would gain nothing.
+        self.dtype = torch.float32 if self.device.type == "cpu" else dtype
+        self.executor, self.counts = executor, executor.counts
+        self.plan, self.memory = plan, memory
+        self.before = [list(b) for b in before] if before else [[] for _ in rows]
+        self.rows = [list(row) for row in rows]
+        self.starts = [-1] * len(rows)  # of the windows
+        # Which character of its answer each token is part of: of use to cross attention alone.
+        self.characters: list[list[int]] = []
+        if memory is not None:
+            self.characters = [characters(torch.tensor([row]))[0].tolist() for row in self.rows]
+        self.n_new = 1  # tokens at the end of each row that `look` has not seen
+        self.cache: ExecutorCache | None = None
+        self.readers: list[Reader] = []
+        self.found: list[list[Followers]] = []  # for each row, of the new tokens
+        self.hints: Array | None = None  # (T, N), of the first row: how the counts are trusted
+        if self.counts is not None:
+            self.gains = self.counts.by_count.detach().cpu().numpy()
+            self.readers = [self._reader(i) for i in range(len(rows))]
+            self.found = [[reader.followers()] for reader in self.readers]
+
+    def room(self) -> int:
+        """How many tokens may be guessed after the only new one: all must be of one window, and
+        rows that end together at different lengths take them one by one."""
+        if len(self.rows) > 1 or (self.cache is not None and self.cache.offset is not None):
+            return 0
+        n = len(self.rows[0])
+        return self._start(n) + self.config.max_len - n
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Adds a token to each row."""
+        for i, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            row.append(token)
+            if self.characters:
+                self.characters[i].append(self.characters[i][-1] + begins_character(token))
+            if self.counts is None:
+                continue
+            if self._start(len(row)) == self._start(len(row) - 1):
+                self.readers[i].read(token)
+            else:
+                self.readers[i] = self._reader(i)
+            self.found[i].append(self.readers[i].followers())
+        self.n_new += 1
+
+    @torch.inference_mode()
+    def look(self) -> Array:
+        """The log-probabilities of what follows each new token, (B, T, V)."""
+        n, every = self.n_new, range(len(self.rows))
+        starts = [self._start(len(row)) for row in self.rows]
+        moved = [i for i in every if starts[i] != self.starts[i]]
+        self.starts = starts
+        cache = self._begin(moved) if moved or self.cache is None else self.cache
+        if cache.offset is not None and cache.length + n > cache.capacity:
+            cache.shift(cache.length - self.config.max_len - 1)
+        self.cache = cache
+        with autocast(self.device, self.dtype):
+            states = self.executor.read(
+                self._ids(row[-n:] for row in self.rows),
+                self.plan,
+                self.memory,
+                cache,
+                self._places(every, -n, None),
+                self._ids(self._last(i) for i in every),
+            )
+            logits = self.executor.logits(states, self.found if self.readers else None)
+        if self.counts is not None:
+            self.hints = self.counts.by_state(states[0]).float().cpu().numpy()
+            self.found = [[] for _ in every]
+        else:
+            logits = logits.float().log_softmax(-1)
+        self.n_new = 0
+        return logits.float().cpu().numpy()
+
+    def undo(self, n: int) -> None:
+        """Takes back the last n tokens of the only row."""
+        if n == 0:
+            return
+        assert self.cache is not None
+        for tokens in (*self.rows, *self.characters):
+            del tokens[-n:]
+        self.cache.drop(n)
+        for reader in self.readers:
+            for _ in range(n):
+                reader.unread()
+        if self.hints is not None:
+            self.hints = self.hints[:-n]
+
+    def guess(self) -> Array | None:
+        """What the counts alone expect after the only row's last token, (V,), in sum at most one;
+        how far they are trusted is taken from where was looked last."""
+        if self.hints is None:
+            return None
+        found = self.found[0][-1]
+        return order_weights(found, self.gains, self.hints[-1]) @ found.shares
+
+    @torch.inference_mode()
+    def select(self, kept: Sequence[int]) -> None:
+        """Keeps only the given rows."""
+        at = torch.tensor(kept, device=self.device)
+        for name in ("rows", "characters", "before", "starts", "readers", "found"):
+            if values := getattr(self, name):
+                setattr(self, name, [values[i] for i in kept])
+        self.plan, self.memory = self.plan[at], self._memory(at)
+        if self.cache is not None:
+            self.cache.select(at)
+
+    def _start(self, n_tokens: int) -> int:
+        return window_start(n_tokens, self.config.max_len)
+
+    def _reader(self, i: int) -> Reader:
+        assert self.counts is not None
+        row = self.rows[i]
+        start = self._start(len(row))
+        past = self.before[i] + row[:start]
+        past = past[max(0, len(past) - self.config.recent_len) :]
+        return Reader(self.counts.table(), past + row[start:])
+
+    def _memory(self, rows: Tensor) -> Memory | None:
+        if self.memory is None:
+            return None
+        states, visible, places = self.memory
+        return Memory(states[rows], None if visible is None else visible[rows], places[rows])
+
+    def _ids(self, rows: Iterable[list[int]]) -> Tensor:
+        return torch.tensor(list(rows), dtype=torch.long, device=self.device)
+
+    def _last(self, i: int) -> list[int]:
+        """The tokens before the new ones that the n-gram embeddings reach, PAD on the left."""
+        reach, row = self.config.ngram_max - 1, self.rows[i]
+        end = len(row) - self.n_new
+        last = row[max(self.starts[i], end - reach) : end]
+        return [PAD] * (reach - len(last)) + last
+
+    def _places(self, rows: Iterable[int], begin: int | None, end: int | None) -> Tensor | None:
+        """Which character of its answer each token of a part of the rows' windows belongs to."""
+        if self.memory is None:
+            return None
+        return self._ids(self.characters[i][self.starts[i] :][begin:end] for i in rows)
+
+    def _begin(self, moved: list[int]) -> ExecutorCache:
+        """Reads anew, but for the new tokens, the windows of the rows whose windows moved."""
+        groups: dict[int, list[int]] = {}  # those of one length together
+        for i in moved:
+            groups.setdefault(len(self.rows[i]) - self.starts[i], []).append(i)
+        if self.cache is not None and len(moved) < len(self.rows):
+            cache, end = self.cache, self.cache.length
+        elif len(groups) == 1:
+            return self._read(moved)
+        else:
+            cache = self._new_cache(2 * (self.config.max_len + 1), self.memory)
+            end = 1 + max(groups) - self.n_new  # PLAN, too
+        for rows in groups.values():
+            at = torch.tensor(rows, device=self.device)
+            cache.put(at, len(self.rows), end, self._read(rows))
+        return cache
+
+    def _read(self, rows: list[int]) -> ExecutorCache:
+        """The windows of rows of one length, but for the new tokens."""
+        at = torch.tensor(rows, device=self.device)
+        memory = self._memory(at)
+        cache = self._new_cache(self.config.max_len + 1, memory)
+        ids = self._ids(self.rows[i][self.starts[i] : -self.n_new] for i in rows)
+        if ids.shape[1] or len(rows) < len(self.rows):
+            places = self._places(rows, None, -self.n_new)
+            with autocast(self.device, self.dtype):
+                self.executor.read(ids, self.plan[at], memory, cache, places)
+        return cache
+
+    def _new_cache(self, capacity: int, memory: Memory | None) -> ExecutorCache:
+        return ExecutorCache(self.config.n_layers_dec, capacity, memory)
+
+
+class Written(NamedTuple):
+    """A token chosen for a row, and its log-probability before any restriction, in nats."""
+
+    row: int
+    token: int
+    logprob: float
+
+
+@dataclass
+class Row:
+    """What is being written."""
+
+    index: int
+    random: np.random.Generator
+    state: int = 0  # of the automaton
+    written: bytearray = field(default_factory=bytearray)
+
+    def allowed(self, how: Sampling, draft: Sequence[int] = ()) -> Iterator[NDArray[np.bool_]]:
+        """What may come next, and after each token of the draft, (V,) each."""
+        state = self.state
+        for n, token in enumerate((*draft, EOS), len(self.written)):
+            yield how.allowed(state, n)
+            state = int(AFTER[state, token])
+
+    def add(self, token: int, how: Sampling) -> bool:
+        """Returns whether more is to come."""
+        if token == EOS:
+            return False
+        self.state = int(AFTER[self.state, token])
+        self.written.append(token)
+        return len(self.written) < how.max_new_tokens and not self.written.endswith(how.stop)
+
+
+TINY = 1e-30  # so that no logarithm is of zero
+WORTH = 0.3  # a draft less likely to be kept than this is not made longer
+
+
+class Draft(NamedTuple):
+    """Tokens drawn to come next, and the probabilities each was drawn by, (V,)."""
+
+    tokens: list[int]
+    drawn_by: list[NDArray[np.float64]]
+
+
+def draft_ahead(decoder: Decoder, row: Row, how: Sampling, draft_len: int) -> Draft:
+    """Draws tokens by what the counts expect of the only row, and adds them to the decoder."""
+    draft, state, likely = Draft([], []), row.state, 1.0
+    limit = min(draft_len, how.max_new_tokens - len(row.written) - 1, decoder.room())
+    while len(draft.tokens) < limit and (expected := decoder.guess()) is not None:
+        allowed = how.allowed(state, len(row.written) + len(draft.tokens))
+        p = probabilities(np.where(allowed, np.log(expected + TINY), -np.inf), how)
+        token = int(draw(p, np.array(row.random.random())))
+        likely *= 0.7 + 0.27 * float(expected.sum())
+        if likely < WORTH or token == EOS:
+            break
+        decoder.append([token])
+        draft.tokens.append(token)
+        draft.drawn_by.append(p)
+        state = int(AFTER[state, token])
+    return draft
+
+
+def decode(
+    decoder: Decoder, how: Sampling, randoms: Sequence[np.random.Generator], draft_len: int = 0
+) -> Iterator[Written]:
+    """Goes on with the rows of a decoder until each has ended.
+
+    Args:
+        randoms: for each row.
+        draft_len: so many tokens of a row that is alone are drafted from the counts, at most, and
+            looked at together. Each is kept, or replaced and the rest dropped, in such a way that
+            the text is a draw from the same distribution (speculative sampling: Leviathan, Kalman
+            & Matias 2023, section 2.3).
+    """
+    rows = [Row(i, random) for i, random in enumerate(randoms)]
+    while rows:
+        draft = Draft([], [])
+        if len(rows) == 1:
+            draft = draft_ahead(decoder, rows[0], how, draft_len)
+        logprobs = decoder.look()
+        allowed = np.array([list(row.allowed(how, draft.tokens)) for row in rows])
+        p = probabilities(np.where(allowed, logprobs, -np.inf), how)
+        kept, last = 0, p[:, 0]
+        for token, drawn_by in zip(*draft, strict=True):
+            if rows[0].random.random() * drawn_by[token] >= p[0, kept, token]:
+                last = np.maximum(p[:, kept] - drawn_by, 0)
+                break
+            kept += 1
+            last = p[:, kept]
+        decoder.undo(len(draft.tokens) - kept)
+        chosen = draw(last, np.array([row.random.random() for row in rows])).tolist()
+        going = []
+        for i, row in enumerate(rows):
+            for place, token in enumerate([*draft.tokens[:kept], chosen[i]]):
+                yield Written(row.index, token, float(logprobs[i, place, token]))
+                if not row.add(token, how):
+                    break
+            else:
+                going.append(i)
+        if going and len(going) < len(rows):
+            decoder.select(going)
+        rows = [rows[i] for i in going]
+        if rows:
+            decoder.append([chosen[i] for i in going])

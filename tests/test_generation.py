@@ -1,0 +1,259 @@
+"""Texts, as a user asks for them."""
+
+import collections
+import itertools
+import math
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_model import KINDS
+
+from hrm_esp import generate, generate_batch, load_model, stream
+from hrm_esp.data import Pair, TSVDataset, encode_prompt
+from hrm_esp.decoding import Decoder
+from hrm_esp.errors import HRMError
+from hrm_esp.evaluation import score_pairs
+from hrm_esp.generation import continue_tokens
+from hrm_esp.tokenizer import BOS
+
+LENGTH = 3 * 32  # past max_len, so that the window rolls over more than once
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("mode", ["continue", "answer"])
+def test_greedy_text_is_the_same_drafted_or_not(kind: dict[str, object], mode: str) -> None:
+    model = random_model(**kind)
+    asked = {"mode": mode, "min_new_tokens": LENGTH, "max_new_tokens": LENGTH, "temperature": 0.0}
+    one, other = (
+        generate(model, "El niño abcdaabc", precision="fp32", draft_len=n, **asked) for n in (0, 16)
+    )
+    assert one == other and len(one.encode()) == LENGTH
+
+
+def exact(model: object, prompt: str, n: int, k: int) -> dict[str, float]:
+    """The probability of each text of n bytes that is written with ``top_k`` k at temperature 1."""
+    tokens = continue_tokens(prompt)
+    plan, _ = model.planner(torch.tensor([tokens]))  # type: ignore[attr-defined]
+    found = {b"": 1.0}
+    for _ in range(n):
+        longer = {}
+        for text, p in found.items():
+            logits = model.executor(torch.tensor([[*tokens, *text]]), plan)[0, -1, :128]  # type: ignore
+            for q, byte in zip(*logits.double().softmax(0).topk(k), strict=True):
+                longer[text + bytes([int(byte)])] = p * float(q)
+            total = sum(float(q) for q in logits.double().softmax(0).topk(k).values)
+            longer = {t: q / total if t[:-1] == text else q for t, q in longer.items()}
+        found = longer
+    return {text.decode(): p for text, p in found.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft_len", [0, 16])
+def test_texts_are_as_likely_as_the_model_says(
+    draft_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chi-square test at p = 0.0001, with a fixed seed, against exact probabilities."""
+    from scipy.stats import chisquare
+
+    looks = []
+    look = Decoder.look
+    monkeypatch.setattr(Decoder, "look", lambda self: looks.append(self.n_new) or look(self))
+    model, n = random_model(), 1200
+    expected = exact(model, "abcab", 4, 3)
+    texts = generate_batch(
+        model, ["abcab"], num_samples=n, batch_size=1 if draft_len else 64,
+        draft_len=draft_len, seed=0, top_k=3,
+        temperature=1.0, min_new_tokens=4, max_new_tokens=4, precision="fp32",
+    )  # fmt: skip
+    count = collections.Counter(t.text for t in texts)
+    assert set(count) <= set(expected)
+    rare = [t for t, p in expected.items() if p * n < 8]
+    often = [t for t in expected if t not in rare]
+    found = [*(count[t] for t in often), sum(count[t] for t in rare)]
+    p = [*(expected[t] for t in often), sum(expected[t] for t in rare)]
+    assert len(often) > 12 and sum(p) == pytest.approx(1)
+    assert chisquare(found, [n * x for x in p]).pvalue > 1e-4
+    assert (max(looks) > 1) == (draft_len > 0)
+
+
+@pytest.mark.parametrize("kind", [{}, {"memory": True}, {"count_max": 0}], ids=str)
+@pytest.mark.parametrize("mode", ["continue", "answer"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_texts_written_together_are_those_written_alone(
+    kind: dict[str, object], mode: str, temperature: float
+) -> None:
+    model = random_model(**kind)
+    prompts = ["uno", "", "trescientos once", "un río muy largo que no cabe en la ventana, no"]
+    asked = {"mode": mode, "max_new_tokens": 70, "temperature": temperature, "seed": 7,
+             "draft_len": 0, "num_samples": 2, "precision": "fp32"}  # fmt: skip
+    alone = list(generate_batch(model, prompts, batch_size=1, **asked))
+    for size in (3, 8):
+        together = list(generate_batch(model, iter(prompts), batch_size=size, **asked))
+        assert [(t.prompt, t.text, t.finish_reason) for t in together] == [
+            (t.prompt, t.text, t.finish_reason) for t in alone
+        ]
+        for one, other in zip(together, alone, strict=True):
+            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-3, atol=1e-4)
+    assert [t.prompt for t in alone] == [p for p in prompts for _ in range(2)]
+    del asked["num_samples"]
+    assert alone[0].text == generate(model, prompts[0], **asked)
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    model = random_model()
+    for text in generate_batch(model, ["ab", "c"], seed=1, max_new_tokens=9, precision="fp32"):
+        ids = continue_tokens(text.prompt)
+        plan, _ = model.planner(torch.tensor([ids]))
+        with torch.no_grad():
+            logits = model.executor(torch.tensor([[*ids, *text.text.encode()]]), plan)[0]
+        ended = text.finish_reason == "stop"
+        targets = [*text.text.encode(), *[258] * ended]
+        said = logits[len(ids) - 1 :].log_softmax(-1)[range(len(targets)), targets]
+        np.testing.assert_allclose(text.logprobs, said, rtol=1e-3, atol=1e-4)
+        assert text.as_dict()["logprob"] == pytest.approx(float(said.sum()), rel=1e-4)
+        assert ended or len(text.text.encode()) == 9
+
+
+@pytest.mark.parametrize("draft_len", [0, 16])
+def test_a_text_ends_before_the_first_stop(draft_len: int) -> None:
+    model = random_model()
+    asked = {"seed": 3, "max_new_tokens": 60, "temperature": 0.7, "draft_len": draft_len}
+    whole = generate(model, "abca", **asked)
+    pieces = {whole[i:j] for i in range(0, 40, 7) for j in range(i + 1, i + 4)} - {""}
+    for stops in [[p] for p in pieces] + [["a", "ab"], ["b", whole[9:12]], ["zz", "ñ"]]:
+        first = min((i for s in stops if (i := whole.find(s)) >= 0), default=len(whole))
+        ends = {whole.find(s) + len(s) for s in stops if s in whole}
+        first = min((whole.find(s) for s in stops if whole.find(s) + len(s) == min(ends)),
+                    default=first) if ends else first  # fmt: skip
+        assert generate(model, "abca", stop=stops, **asked) == whole[:first]
+        assert "".join(stream(model, "abca", stop=stops, **asked)) == whole[:first]
+        (text,) = generate_batch(model, ["abca"], stop=stops, **asked)
+        assert text.text == whole[:first] and len(text.logprobs) >= len(text.text.encode())
+        assert (text.finish_reason == "stop") == bool(ends or len(whole.encode()) < 60)
+
+
+def test_a_stream_is_of_whole_characters_as_they_come() -> None:
+    model = random_model()
+    text = "".join(pieces := list(stream(model, "ñ", seed=2, temperature=3.0, min_new_tokens=300)))
+    assert all(len(p) == 1 for p in pieces) and not text.isascii()
+    first = next(stream(model, "ñ", seed=2, temperature=3.0, min_new_tokens=10**6))
+    assert first == text[0]
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 70])
+def test_prompts_of_any_length_are_answered(positions: str, length: int) -> None:
+    model = random_model(memory=True, positions=positions)
+    text = generate(model, "a" * length, mode="answer", max_new_tokens=50, min_new_tokens=50)
+    assert len(text.encode()) == 50
+    pairs = TSVDataset([Pair(b"a" * min(length, 32), b"b" * 32), Pair(b"", b"c")], 32)
+    assert score_pairs(model, pairs).n == 2
+
+
+@settings(max_examples=int(os.environ.get("CASES", 40)), deadline=None)
+@example("\ud800a\0", {}, 1, {})
+@example("a\tb" * 350_000, {"mode": "continue"}, 1, {})
+@example("a\tb" * 350_000, {"mode": "answer"}, 1, {"memory": True})
+@given(
+    st.text(st.characters(codec=None), max_size=60) | st.text("abcdñ \n", max_size=90),
+    st.fixed_dictionaries(
+        {
+            "mode": st.sampled_from(["continue", "answer"]),
+            "max_new_tokens": st.integers(1, 70),
+            "temperature": st.sampled_from([0.0, 1e-9, 0.8, 50.0]),
+            "top_k": st.sampled_from([0, 1, 5, 1000]),
+            "top_p": st.sampled_from([1e-9, 0.5, 1.0]),
+            "min_p": st.sampled_from([0.0, 0.1, 1.0]),
+            "seed": st.integers(0, 2**32),
+            "draft_len": st.sampled_from([0, 1, 16]),
+            "stop": st.just([]) | st.lists(st.text("abñ.", min_size=1, max_size=2), max_size=2),
+            "precision": st.sampled_from(["auto", "fp32"]),
+        }
+    ),
+    st.integers(1, 4),
+    st.sampled_from([{}, {"memory": True}, {"count_max": 0}]),
+)
+def test_whatever_is_asked_the_text_is_valid_and_fits(
+    prompt: str, asked: dict[str, object], n: int, kind: dict[str, object]
+) -> None:
+    """A model with random weights writes bytes of all kinds: only the mask keeps them UTF-8."""
+    length = asked.setdefault("max_new_tokens", 5)
+    for text in generate_batch(random_model(**kind), [prompt, "b"], num_samples=n, **asked):
+        assert len(text.text.encode()) <= length
+        assert all(p <= 1e-5 and math.isfinite(p) for p in text.logprobs)
+        assert not any(s in text.text for s in asked.get("stop", ()))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 17])
+def test_min_new_tokens_fill_the_room_exactly(length: int) -> None:
+    for seed in range(5):
+        text = generate(random_model(), "x", min_new_tokens=length, temperature=3, seed=seed,
+                        max_new_tokens=length)  # fmt: skip
+        assert len(text.encode()) == length
+
+
+def test_a_seed_is_a_text_whatever_else_happened() -> None:
+    model = random_model()
+    one = generate(model, "Sol", seed=5, temperature=1.0)
+    torch.randn(7)
+    np.random.random(7)
+    assert generate(model, "Sol", seed=5, temperature=1.0) == one
+    assert generate(model, "Sol", seed=6, temperature=1.0) != one
+    texts = [t.text for t in generate_batch(model, ["Sol"], num_samples=3, seed=5)]
+    assert len(set(texts)) == 3
+
+
+def test_line_breaks_in_prompts() -> None:
+    assert continue_tokens("a\r\n\nb\n") == [BOS, 97, BOS, 98, BOS]
+    assert encode_prompt("a\r\nb", 64) == b"a b"
+
+
+def test_prompts_are_brought_to_one_form() -> None:
+    model = random_model()
+    for mode in ("continue", "answer"):
+        texts = {
+            generate(model, unicodedata.normalize(form, "niño"), mode=mode, seed=0)
+            for form in ("NFC", "NFD")
+        }
+        assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"mode": "write"},
+        {"seed": -1},
+        {"precision": "int8"},
+        {"draft_len": -1},
+        {"stop": ""},
+        {"num_samples": 0},
+        {"batch_size": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
+    with pytest.raises(HRMError):
+        generate_batch(random_model(), ["x"], **wrong)
+    if not wrong.keys() & {"num_samples", "batch_size"}:
+        with pytest.raises(HRMError):
+            stream(random_model(), "x", **wrong)
+
+
+def test_a_trained_model_is_drafted_well(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few looks for many bytes, and the text of one look a byte."""
+    model = load_model(trained / "checkpoints" / "pretrain_best.pt")
+    looks = itertools.count()
+    look = Decoder.look
+    monkeypatch.setattr(Decoder, "look", lambda self: (next(looks), look(self))[1])
+    asked = {"min_new_tokens": 300, "max_new_tokens": 300, "temperature": 0.0, "precision": "fp32"}
+    one, other = (generate(model, "La niña", draft_len=n, **asked) for n in (16, 0))
+    assert one == other and len(one.encode()) == 300
+    assert next(looks) < 300 + 100
