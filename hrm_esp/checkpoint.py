@@ -48,7 +48,7 @@ class Checkpoint:
         """
         model = HRMModel(self.config)
         try:
-            model.load_state_dict(self.weights)
+            model.load_state_dict(self.weights, assign=True)
         except RuntimeError as error:
             raise HRMError("the checkpoint's weights do not fit its config") from error
         model.stage = self.stage

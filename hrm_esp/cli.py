@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -399,15 +400,14 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def read_prompts(path: str, encoding: str) -> Iterator[str]:
-    """The lines of a file or of standard input, blank ones too, as they come."""
+    """The lines of a file, or of standard input, as they come; blank ones, too."""
     from .data import open_text
 
-    if path != "-":
-        with open_text(path, encoding) as file:
-            yield from (line.removesuffix("\n") for line in file)
-        return
-    sys.stdin.reconfigure(encoding=encoding, errors="ignore")  # type: ignore[union-attr]
-    yield from (line.removesuffix("\n") for line in sys.stdin)
+    if path == "-":
+        sys.stdin.reconfigure(encoding=encoding, errors="ignore")  # type: ignore[union-attr]
+    with nullcontext(sys.stdin) if path == "-" else open_text(path, encoding) as file:
+        for line in file:
+            yield line.rstrip("\r\n")
 
 
 def warned(prompts: Iterable[str], limit: int) -> Iterator[str]:

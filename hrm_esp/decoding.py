@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .device import autocast
+from .device import autocast, one_thread
 from .layers import Memory, begins_character, characters
 from .lookup import Followers, Reader, order_weights
 from .model import Executor, ExecutorCache, HRMModel
@@ -110,7 +110,7 @@ class Decoder:
         if cache.offset is not None and cache.length + n > cache.capacity:
             cache.shift(cache.length - self.config.max_len - 1)
         self.cache = cache
-        with autocast(self.device, self.dtype):
+        with one_thread(len(self.rows) == 1), autocast(self.device, self.dtype):
             states = self.executor.read(
                 self._ids(row[-n:] for row in self.rows),
                 self.plan,
@@ -261,7 +261,7 @@ class Row:
 
 
 TINY = 1e-30  # so that no logarithm is of zero
-WORTH = 0.3  # a draft less likely to be kept than this is not made longer
+WORTH = 0.2  # a draft less likely to be kept than this is not made longer
 
 
 class Draft(NamedTuple):
@@ -272,16 +272,19 @@ class Draft(NamedTuple):
 
 
 def draft_ahead(decoder: Decoder, row: Row, how: Sampling, draft_len: int) -> Draft:
-    """Draws tokens by what the counts expect of the only row, and adds them to the decoder."""
+    """Draws tokens by what the counts expect of the only row, and adds them to the decoder. Whether
+    one is drawn does not depend on which it is: that would favour some."""
     draft, state, likely = Draft([], []), row.state, 1.0
     limit = min(draft_len, how.max_new_tokens - len(row.written) - 1, decoder.room())
     while len(draft.tokens) < limit and (expected := decoder.guess()) is not None:
+        likely *= 0.7 + 0.27 * float(expected.sum())  # measured: how often a draft is kept
         allowed = how.allowed(state, len(row.written) + len(draft.tokens))
         p = probabilities(np.where(allowed, np.log(expected + TINY), -np.inf), how)
-        token = int(draw(p, np.array(row.random.random())))
-        likely *= 0.7 + 0.27 * float(expected.sum())
-        if likely < WORTH or token == EOS:
+        if likely < WORTH or p[EOS] > 0.5:
             break
+        p[EOS] = 0  # nothing can be drafted after it
+        p /= p.sum()
+        token = int(draw(p, np.array(row.random.random())))
         decoder.append([token])
         draft.tokens.append(token)
         draft.drawn_by.append(p)

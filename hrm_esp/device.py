@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -59,6 +61,21 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
     except (AttributeError, OSError, TypeError):
         return  # another C library
+
+
+@contextmanager
+def one_thread(alone: bool = True) -> Iterator[None]:
+    """One CPU thread for what is computed inside, if ``alone``: where there is little to share,
+    others save no time, and waiting for them costs much on a busy machine."""
+    before = torch.get_num_threads()
+    if not alone or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -167,10 +167,8 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.orders, self.rows = tuple(range(2, config.ngram_max + 1)), 2**config.ngram_bits
         self.dropout = config.ngram_dropout
-        self.table = nn.EmbeddingBag(
-            len(self.orders) * self.rows, config.d_model, mode="sum", sparse=True
-        )
-        nn.init.zeros_(self.table.weight)
+        nothing = torch.zeros(len(self.orders) * self.rows, config.d_model)
+        self.table = nn.EmbeddingBag.from_pretrained(nothing, freeze=False, mode="sum", sparse=True)
         orders = torch.tensor(self.orders)
         self.register_buffer("first_rows", (orders - 2) * self.rows, persistent=False)
         self.register_buffer("factors", hash_factors(config.ngram_max)[1:], persistent=False)

@@ -211,6 +211,14 @@ BAD = {
     "broken checkpoint": ("evaluate", "text.txt", "--ckpt", "broken.pt"),
     "negative temperature": ("generate", "--ckpt", "good.pt", "--temperature", "-1"),
     "top_p of zero": ("generate", "--ckpt", "good.pt", "--top_p", "0"),
+    "min_p above one": ("generate", "--ckpt", "good.pt", "--min_p", "1.5"),
+    "empty stop": ("generate", "--ckpt", "good.pt", "--stop", ""),
+    "no samples": ("generate", "--ckpt", "good.pt", "--num_samples", "0"),
+    "batch of no texts": ("generate", "--ckpt", "good.pt", "--json", "--batch_size", "0"),
+    "negative draft": ("generate", "--ckpt", "good.pt", "--draft_len", "-1"),
+    "prompt and prompts": ("generate", "--ckpt", "good.pt", "--prompt", "a", "--prompts", "-"),
+    "missing prompts": ("generate", "--ckpt", "good.pt", "--prompts", "nowhere.txt"),
+    "binary prompts": ("generate", "--ckpt", "good.pt", "--prompts", "binary.txt"),
     "negative length": ("generate", "--ckpt", "good.pt", "--max_new_tokens", "-5"),
     "missing TSV": ("finetune", "nowhere.tsv", "--ckpt", "good.pt"),
     "empty TSV": ("finetune", "empty.txt", "--ckpt", "good.pt"),
@@ -382,6 +390,54 @@ def test_a_closed_pipe_is_no_error(trained: Path) -> None:
         ["bash", "-c", f"set -o pipefail; {command}"], cwd=trained, capture_output=True
     )
     assert b"Traceback" not in out.stderr and b"rror" not in out.stderr
+
+
+def test_many_texts_in_order(trained: Path, run: Run) -> None:
+    """From a file, from standard input, as lines of text and of JSON."""
+    prompts = ["La niña", "", "El sombrero"]
+    (trained / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8-sig")
+    args = ("generate", "--ckpt", trained / "checkpoints" / "pretrain_best.pt", "--seed", "1",
+            "--max_new_tokens", "20", "--num_samples", "2", "--batch_size", "4")  # fmt: skip
+    lines = run(*args, "--prompts", trained / "prompts.txt").stdout.splitlines()
+    twice = [p for p in prompts for _ in range(2)]
+    assert len(lines) == 6 and all(map(str.startswith, lines, twice))
+    out = run(*args, "--prompts", "-", "--json", input="\r\n".join(prompts))
+    texts = [json.loads(line) for line in out.stdout.splitlines()]
+    assert out.returncode == 0 and [t["prompt"] for t in texts] == twice
+    assert [" ".join((t["prompt"] + t["text"]).splitlines()) for t in texts] == lines
+    for text in texts:
+        assert text.keys() == {"prompt", "text", "logprobs", "logprob", "finish_reason"}
+        assert text["logprob"] == pytest.approx(sum(text["logprobs"]))
+    (answers,) = run("generate", "--prompt", "12", "--json", cwd=trained).stdout.splitlines()
+    assert json.loads(answers)["prompt"] == "12"
+
+
+def test_prompts_are_answered_as_they_come(trained: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hrm_esp", "generate", "--prompts", "-", "--batch_size", "1"],
+        cwd=trained, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    for prompt in ("12", "7"):
+        process.stdin.write(prompt + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline().endswith("\n")
+    process.communicate("", timeout=60)
+    assert process.returncode == 0
+
+
+def test_ctrl_c_leaves_what_was_written(trained: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hrm_esp", "generate", "--ckpt", "checkpoints/pretrain_best.pt",
+         "--prompt", "La niña", "--min_new_tokens", "9999999"],
+        cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    begin = process.stdout.read(200)  # blocks until so much was written
+    process.send_signal(signal.SIGINT)
+    rest, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and not stderr.strip()
+    assert (begin + rest).decode().startswith("La niña") and rest.endswith(b"\n")
 
 
 def test_stray_bytes_in_a_prompt(trained: Path, run: Run) -> None:
