@@ -190,13 +190,12 @@ class NgramCounts(nn.Module):
             states: (B, T, D), the network's.
             found: what followed the contexts at each place, B rows of T.
         """
-        times, distinct, shares = (
-            torch.from_numpy(np.array(part).reshape(*states.shape[:2], *part[0].shape))
+        met, shares = (
+            torch.from_numpy(np.array(part).reshape(*states.shape[:2], *part[0].shape)).to(states)
             for part in zip(*chain.from_iterable(found), strict=True)
         )
-        device = logits.device
-        rest, weights = self._shares(times.to(device), distinct.to(device), states)
-        counted = (weights[..., None, :] @ shares.to(device)).squeeze(-2)
+        rest, weights = self._shares(met[:, :, 0], met[:, :, 1], states)
+        counted = (weights[..., None, :] @ shares).squeeze(-2)
         return torch.addcmul(counted, logits.float().softmax(-1), rest[..., None]).log()
 
     def _nearest(self, past: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .counts import SURE
 from .device import autocast, one_thread
 from .layers import Memory, begins_character, characters
 from .lookup import Followers, Reader, order_weights
@@ -70,9 +72,9 @@ class Decoder:
         self.cache: ExecutorCache | None = None
         self.readers: list[Reader] = []
         self.found: list[list[Followers]] = []  # for each row, of the new tokens
-        self.hints: Array | None = None  # (T, N), of the first row: how the counts are trusted
+        self.hints: Array | None = None  # (B, T, N): how the counts were trusted there
         if self.counts is not None:
-            self.gains = self.counts.by_count.detach().cpu().numpy()
+            self.gains = self.counts.by_count.detach().cpu().numpy().T.copy()
             self.readers = [self._reader(i) for i in range(len(rows))]
             self.found = [[reader.followers()] for reader in self.readers]
 
@@ -119,14 +121,22 @@ class Decoder:
                 self._places(every, -n, None),
                 self._ids(self._last(i) for i in every),
             )
-            logits = self.executor.logits(states, self.found if self.readers else None)
-        if self.counts is not None:
-            self.hints = self.counts.by_state(states[0]).float().cpu().numpy()
-            self.found = [[] for _ in every]
-        else:
-            logits = logits.float().log_softmax(-1)
+            logits = self.executor.lm_head(states)
+            if self.counts is not None:
+                self.hints = self.counts.by_state(states).float().cpu().numpy()
         self.n_new = 0
-        return logits.float().cpu().numpy()
+        logprobs: Array = logits.float().log_softmax(-1).cpu().numpy()
+        if self.hints is None:
+            return logprobs
+        met, shares = (
+            np.array(part).reshape(*logits.shape[:2], *part[0].shape)
+            for part in zip(*chain.from_iterable(self.found), strict=True)
+        )
+        self.found = [[] for _ in every]
+        weights = SURE * order_weights(met, self.gains, self.hints)
+        mixed = np.exp(logprobs) * (1 - weights.sum(-1, keepdims=True))
+        mixed += (weights[..., None, :] @ shares)[..., 0, :]
+        return np.log(mixed, out=mixed)
 
     def undo(self, n: int) -> None:
         """Takes back the last n tokens of the only row."""
@@ -140,15 +150,15 @@ class Decoder:
             for _ in range(n):
                 reader.unread()
         if self.hints is not None:
-            self.hints = self.hints[:-n]
+            self.hints = self.hints[:, :-n]
 
     def guess(self) -> Array | None:
         """What the counts alone expect after the only row's last token, (V,), in sum at most one;
         how far they are trusted is taken from where was looked last."""
         if self.hints is None:
             return None
-        found = self.found[0][-1]
-        return order_weights(found, self.gains, self.hints[-1]) @ found.shares
+        met, shares = self.found[0][-1]
+        return order_weights(met, self.gains, self.hints[0, -1]) @ shares
 
     @torch.inference_mode()
     def select(self, kept: Sequence[int]) -> None:
@@ -277,14 +287,15 @@ def draft_ahead(decoder: Decoder, row: Row, how: Sampling, draft_len: int) -> Dr
     draft, state, likely = Draft([], []), row.state, 1.0
     limit = min(draft_len, how.max_new_tokens - len(row.written) - 1, decoder.room())
     while len(draft.tokens) < limit and (expected := decoder.guess()) is not None:
-        likely *= 0.7 + 0.27 * float(expected.sum())  # measured: how often a draft is kept
-        allowed = how.allowed(state, len(row.written) + len(draft.tokens))
-        p = probabilities(np.where(allowed, np.log(expected + TINY), -np.inf), how)
-        if likely < WORTH or p[EOS] > 0.5:
+        mass = float(expected.sum())
+        likely *= 0.7 + 0.27 * mass  # measured: how often a draft is kept
+        if likely < WORTH or expected[EOS] > mass / 2:
             break
-        p[EOS] = 0  # nothing can be drafted after it
-        p /= p.sum()
-        token = int(draw(p, np.array(row.random.random())))
+        allowed = how.allowed(state, len(row.written) + len(draft.tokens))
+        logprobs = np.where(allowed, np.log(expected + TINY), -np.inf)
+        logprobs[EOS] = -np.inf  # nothing can be drafted after it
+        p = probabilities(logprobs, how)
+        token = draw(p, row.random.random())
         decoder.append([token])
         draft.tokens.append(token)
         draft.drawn_by.append(p)
@@ -320,7 +331,7 @@ def decode(
             kept += 1
             last = p[:, kept]
         decoder.undo(len(draft.tokens) - kept)
-        chosen = draw(last, np.array([row.random.random() for row in rows])).tolist()
+        chosen = [draw(w, row.random.random()) for w, row in zip(last, rows, strict=True)]
         going = []
         for i, row in enumerate(rows):
             for place, token in enumerate([*draft.tokens[:kept], chosen[i]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -78,6 +78,6 @@ def one_thread(alone: bool = True) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Mixed precision, or nothing for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)

@@ -20,13 +20,29 @@ TOKEN_BITS = 9
 
 
 class Followers(NamedTuple):
-    """What came after the contexts at one place. ``times`` (N,): how often each was met, 0 if it is
-    not to be used; ``distinct`` (N,): by how many tokens it was followed; ``shares`` (N, V): by
-    which, each row summing to one where the context was met. All float32."""
+    """What came after the contexts at a place. ``met`` (2, N): how often each was met, 0 if it is
+    not to be used, and by how many tokens it was followed; ``shares`` (N, V): by which, each row
+    summing to one where the context was met. Both float32."""
 
-    times: NDArray[np.float32]
-    distinct: NDArray[np.float32]
+    met: NDArray[np.float32]
     shares: NDArray[np.float32]
+
+
+def order_weights(
+    met: NDArray[np.float32], gains: NDArray[np.float32], hints: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The share of each order in the mixture, (..., N), as `NgramCounts` learned it.
+
+    Args:
+        met: (..., 2, N), of `Followers`.
+        gains: (3, N), its ``by_count``.
+        hints: (..., N), its ``by_state`` of the network's states.
+    """
+    score = (np.log1p(met) * gains[:2]).sum(-2) + gains[2] + hints
+    weights = np.where(met[..., 0, :] > 0, 1 / (1 + np.exp(-score.clip(-80))), 0)
+    left = (1 - weights[..., :0:-1]).cumprod(-1)[..., ::-1]  # by all orders after each but the last
+    weights[..., :-1] *= left
+    return weights
 
 
 class Contexts(NamedTuple):
@@ -43,22 +59,6 @@ class Contexts(NamedTuple):
             return Contexts(digest, 1)
         digest[1:] += self.digest[:-1]
         return Contexts(digest, min(self.known + 1, len(powers)))
-
-
-def order_weights(
-    found: Followers, gains: NDArray[np.float32], hint: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """The share of each order in the mixture, (N,), as `NgramCounts` learned it.
-
-    Args:
-        gains: (N, 3), its ``by_count``.
-        hint: (N,), its ``by_state`` of a state of the network.
-    """
-    by_times, by_distinct, bias = gains.T
-    score = np.log1p(found.times) * by_times + np.log1p(found.distinct) * by_distinct + bias + hint
-    weights = np.where(found.times > 0, 1 / (1 + np.exp(-score.clip(-80))), 0)
-    weights[:-1] *= (1 - weights[:0:-1]).cumprod()[::-1]  # what all orders after it leave
-    return weights
 
 
 class Table:
@@ -119,7 +119,7 @@ class Table:
         begin, end = bounds[:n], bounds[n:]
         size, rows = end - begin, self.rows[:n]
         times = self.cumulative[end] - self.cumulative[begin]
-        into.distinct[rows], into.times[rows] = size, times
+        into.met[0, rows], into.met[1, rows] = times, size
         # All entries of all contexts, one after another.
         place = np.arange(size.sum()) + (begin - size.cumsum() + size).repeat(size)
         often = self.cumulative[place + 1] - self.cumulative[place]
@@ -187,14 +187,12 @@ class Reader:
     def followers(self) -> Followers:
         """What came after the contexts that end here."""
         n = len(self.table.by_kind)
-        found = Followers(
-            np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros((n, VOCAB_SIZE), np.float32)
-        )
+        found = Followers(np.zeros((2, n), np.float32), np.zeros((n, VOCAB_SIZE), np.float32))
         self.table.look(self.contexts[-1], found)
         for row, context in zip(self.table.recent_rows, self.ends[-1] if self.ends else ()):  # noqa: B905
             if after := self.seen.get(context):
                 times = sum(after.values())
-                found.times[row], found.distinct[row] = times, len(after)
+                found.met[:, row] = times, len(after)
                 for token, often in after.items():
                     found.shares[row, token] = often / times
         return found

@@ -6,8 +6,6 @@ G codebooks of K codes, V = vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +25,6 @@ from .layers import (
     characters,
     linear,
 )
-from .lookup import Followers
 from .tokenizer import PAD, PLAN, VOCAB_SIZE
 
 
@@ -261,15 +258,10 @@ class Executor(nn.Module):
             ValueError: more positions than ``max_len``.
         """
         states = self.read(y_in, plan_vec, memory, places=places)
-        found = None if self.counts is None else self.counts.followers(y_in, past)
-        return self.logits(states, found)
-
-    def logits(self, states: Tensor, found: Sequence[Sequence[Followers]] | None) -> Tensor:
-        """States (B, T, D), and what the counts know of each place -> logits (B, T, V)."""
         logits: Tensor = self.lm_head(states)
-        if self.counts is None or found is None:
+        if self.counts is None:
             return logits
-        return self.counts.mix(logits, states, found)
+        return self.counts.mix(logits, states, self.counts.followers(y_in, past))
 
     def nats(
         self,

@@ -112,8 +112,8 @@ def probabilities(logits: NDArray[np.float32], how: Sampling) -> NDArray[np.floa
     return weights / weights.sum(-1, keepdims=True)
 
 
-def draw(weights: NDArray[np.float64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Weights (..., V) and numbers from 0 to 1, 1 excluded, (...) -> tokens (...), each as likely
-    as its weight is large."""
-    cumulative = weights.cumsum(-1)
-    return (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
+def draw(weights: NDArray[np.float64], uniform: float) -> int:
+    """Weights (V,) and a number from 0 to 1, 1 excluded -> a token, as likely as its weight is
+    large."""
+    cumulative = weights.cumsum()
+    return int((cumulative / cumulative[-1]).searchsorted(uniform, "right"))

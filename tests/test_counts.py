@@ -138,7 +138,8 @@ def test_orders_weigh_as_in_the_mixture(text: str, here: str, seed: int) -> None
     with torch.no_grad():
         mixed = made.mix(torch.zeros(1, 1, 260), state, [[found]]).exp()[0, 0]
         hint = made.by_state(state)[0, 0].numpy()
-    expected = order_weights(found, made.by_count.detach().numpy(), hint) @ found.shares
+    weights = order_weights(found.met, made.by_count.detach().numpy().T, hint)
+    expected = weights @ found.shares
     rest = 1 - counts.SURE * expected.sum()
     np.testing.assert_allclose(mixed, counts.SURE * expected + rest / 260, rtol=1e-3)
 
