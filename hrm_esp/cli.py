@@ -63,6 +63,11 @@ examples:
   hrm-esp evaluate book.txt
   hrm-esp evaluate held_out.tsv --ckpt checkpoints/finetune_best.pt --json
 """,
+    "plot": """\
+examples:
+  hrm-esp plot checkpoints
+  hrm-esp plot small base -o comparison.svg
+""",
 }
 
 
@@ -240,6 +245,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_ckpt(evaluate)
     evaluate.add_argument("--encoding", default="utf-8", help="of the file (default: utf-8)")
     evaluate.add_argument(
+        "--sep", choices=("line", "blank"), default="line",
+        help="what ends a document of a text: each line, or a blank one (default: line)",
+    )  # fmt: skip
+    evaluate.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of the matrix products (default: auto)",
     )  # fmt: skip
@@ -251,6 +260,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--predictions", metavar="FILE", help="write prompt, target and answer of each row here"
     )
     add_device(evaluate)
+
+    plot = command("plot", run_plot, "Draw the curves of runs.")
+    plot.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="the --out_dir of a run")
+    plot.add_argument("-o", "--out", default="curves.png", metavar="FILE",
+                      help=".png, .svg or .pdf (default: curves.png)")  # fmt: skip
     return parser
 
 
@@ -418,6 +432,13 @@ def warned(prompts: Iterable[str], limit: int) -> Iterator[str]:
         yield prompt
 
 
+def run_plot(args: argparse.Namespace) -> None:
+    from .plot import plot
+
+    plot(args.folders, args.out)
+    print(args.out)
+
+
 def run_evaluate(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise HRMError(f"batch_size must be at least 1, not {args.batch_size}")
@@ -429,6 +450,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         model,
         args.file,
         encoding=args.encoding,
+        sep=args.sep,
         precision=args.precision,
         batch_size=args.batch_size,
         show_progress=True,

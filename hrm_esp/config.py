@@ -202,6 +202,9 @@ class TrainConfig:
         type=float,
     )
     encoding: str = option("utf-8", "data", "of the text files: latin-1, cp1252, utf-16, ...")
+    sample_prompt: str | None = option(
+        None, "run", "at each scoring, show what the model makes of this prompt", type=str
+    )
     seed: int = option(
         0, "run", "of the weights, the order of the data and all noise", low=0, below=2**63
     )
@@ -228,6 +231,12 @@ class TrainConfig:
 class PretrainConfig(TrainConfig):
     """How to pretrain."""
 
+    sep: str = option(
+        "line",
+        "data",
+        "what ends a document: each line, or a blank one, for books with hard-wrapped lines",
+        choices=("line", "blank"),
+    )
     planner_view: str = option(
         "same",
         "data",

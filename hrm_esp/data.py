@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -50,6 +51,10 @@ class TextStats:
     documents: int = 0
     bytes: int = 0
     undecodable: int = 0
+
+    def add(self, document: str) -> None:
+        self.documents += 1
+        self.bytes += len(document) if document.isascii() else len(document.encode())
 
     def warn(self, name: PathLike, encoding: str) -> None:
         """Says on stderr if more than a trace was undecodable.
@@ -98,6 +103,24 @@ def open_text(path: PathLike, encoding: str) -> IO[str]:
     return file
 
 
+def read_lines(path: PathLike, encoding: str, stats: TextStats) -> Iterator[str]:
+    """All lines of a text file, blank ones too, without what cannot be decoded, which is counted.
+
+    Raises:
+        HRMError: the file is missing, a folder, or no text.
+    """
+    with open_text(path, encoding) as file:
+        try:
+            for line in file:
+                line = line.removesuffix("\n")
+                if not line.isascii() and (bad := len(UNDECODABLE.findall(line))):
+                    stats.undecodable += bad
+                    line = UNDECODABLE.sub("", line)
+                yield line
+        except (UnicodeError, zlib.error, EOFError, OSError) as error:
+            raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
+
+
 def load_corpus_lines(
     path: PathLike, encoding: str = "utf-8", stats: TextStats | None = None
 ) -> Iterator[str]:
@@ -112,19 +135,24 @@ def load_corpus_lines(
         HRMError: the file is missing, a folder, or no text.
     """
     stats = TextStats() if stats is None else stats
-    with open_text(path, encoding) as file:
-        try:
-            for line in file:
-                line = line.removesuffix("\n")
-                if not line.isascii() and (bad := len(UNDECODABLE.findall(line))):
-                    stats.undecodable += bad
-                    line = UNDECODABLE.sub("", line)
-                if line and not line.isspace():
-                    stats.documents += 1
-                    stats.bytes += len(line) if line.isascii() else len(line.encode())
-                    yield line
-        except (UnicodeError, zlib.error, EOFError, OSError) as error:
-            raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
+    for line in read_lines(path, encoding, stats):
+        if line and not line.isspace():
+            stats.add(line)
+            yield line
+
+
+def load_paragraphs(
+    path: PathLike, encoding: str = "utf-8", stats: TextStats | None = None
+) -> Iterator[str]:
+    """What stands between blank lines of a text file, its lines joined by spaces; arguments and
+    errors as of `load_corpus_lines`."""
+    stats = TextStats() if stats is None else stats
+    lines = read_lines(path, encoding, stats)
+    for is_blank, group in itertools.groupby(lines, lambda line: not line.strip()):
+        if not is_blank:
+            paragraph = " ".join(line.strip() for line in group)
+            stats.add(paragraph)
+            yield paragraph
 
 
 def text_files(paths: Sequence[PathLike]) -> list[Path]:
@@ -148,17 +176,17 @@ def text_files(paths: Sequence[PathLike]) -> list[Path]:
     return files
 
 
-def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> None:
+def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str, sep: str = "line") -> None:
     """Writes the documents of ``files``, a line break after each.
 
     Raises:
         HRMError: a file that cannot be read, or no text in any.
     """
-    documents = 0
+    documents, load = 0, load_corpus_lines if sep == "line" else load_paragraphs
     for path in files:
         stats = TextStats()
-        for line in load_corpus_lines(path, encoding, stats):
-            out.write(to_bytes(line) + b"\n")
+        for document in load(path, encoding, stats):
+            out.write(to_bytes(document) + b"\n")
         stats.warn(path, encoding)
         documents += stats.documents
     if not documents:
@@ -166,7 +194,10 @@ def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str) -> None:
 
 
 def load_stream(
-    paths: Sequence[PathLike], encoding: str = "utf-8", token_file: PathLike | None = None
+    paths: Sequence[PathLike],
+    encoding: str = "utf-8",
+    token_file: PathLike | None = None,
+    sep: str = "line",
 ) -> Stream:
     """The token stream of some text files, memory-mapped.
 
@@ -174,6 +205,7 @@ def load_stream(
         paths: files or folders.
         token_file: where to keep the stream; it is used again as long as the sources are the same.
             ``None`` keeps it for this process only.
+        sep: what ends a document: each ``line``, or a ``blank`` one.
 
     Raises:
         HRMError: a file that cannot be read, or no text in any.
@@ -181,12 +213,12 @@ def load_stream(
     files = text_files(paths)
     if token_file is None:
         with tempfile.TemporaryFile() as file:
-            write_stream(files, file, encoding)
+            write_stream(files, file, encoding, sep)
             file.flush()
             return np.memmap(file, dtype=np.uint8, mode="r")
     sources = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps([1, encoding, sources]).encode()).hexdigest()
-    return mapped(Path(token_file), key, lambda file: write_stream(files, file, encoding))
+    key = hashlib.sha256(json.dumps([2, encoding, sep, sources]).encode()).hexdigest()
+    return mapped(Path(token_file), key, lambda file: write_stream(files, file, encoding, sep))
 
 
 def split_stream(stream: Stream, fraction: float | None) -> tuple[Stream, Stream]:

@@ -287,10 +287,12 @@ def evaluate(
     batch_size: int = 16,
     show_progress: bool = False,
     predictions: PathLike | None = None,
+    sep: str = "line",
 ) -> TextScore | PairScore:
     """Scores a file: pairs if its name ends in ``.tsv`` or ``.tsv.gz``, else text.
 
     Args:
+        sep: what ends a document of a text, see `load_stream`.
         predictions: a file to write prompt, target and answer of each pair to, between tabs.
 
     Raises:
@@ -300,7 +302,7 @@ def evaluate(
     if predictions is not None:
         check_predictions(path, Path(predictions))
     if not is_table(path):
-        text = load_stream([path], encoding)
+        text = load_stream([path], encoding, sep=sep)
         with scoring_bar(len(text), "B", show_progress) as bar:
             return score_stream(model, text, dtype, batch_size, bar.update)
     data = dataset_tsv(path, model.config.max_len, encoding=encoding)

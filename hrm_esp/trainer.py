@@ -38,6 +38,7 @@ from .distributed import (
 from .errors import HRMError, PeerLost
 from .evaluation import PairScore, TextScore
 from .files import remove_partial
+from .generation import generate
 from .layers import NgramEmbedding
 from .model import HRMModel
 from .optim import (
@@ -50,6 +51,7 @@ from .optim import (
 from .progress import Meter, MetricsLog, entropy
 
 SCORING_SHARE = 0.04  # of the time of a timed run, its first scoring aside
+SAMPLE_LEN = 120  # bytes
 N_SCORES = 8  # times a run is scored, evenly spaced
 WORSE = 0.01  # bits per byte more than at the best: noise at a high learning rate is less
 EPOCH_SECONDS = 10.0  # at least, between the checkpoints of two epochs of a timed run
@@ -498,6 +500,8 @@ class Trainer:
         state.val_errors, state.val_bpb = score.errors, score.bpb
         right = None if score.errors is None else 1 - score.errors
         log.add(state, val_bpb=score.bpb, val_exact_match=right)
+        if self.options.sample_prompt is not None:
+            self.show_sample(self.options.sample_prompt)
         best = (state.best_errors or 0.0, state.best_bpb or math.inf)
         if (score.errors or 0.0, score.bpb) < best or state.best_bpb is None:
             state.best_errors, state.best_bpb, state.worse = score.errors, score.bpb, 0
@@ -505,6 +509,15 @@ class Trainer:
         elif is_worse(score, state.best_errors, state.best_bpb):
             state.worse += 1
             self.end_early()
+
+    def show_sample(self, prompt: str) -> None:
+        """Says what the model makes of a prompt by now."""
+        mode = "answer" if self.stage == "finetune" else "continue"
+        with uncompiled(self.options):
+            text = generate(self.model, prompt, mode=mode, max_new_tokens=SAMPLE_LEN, seed=0)
+        self.model.train()
+        shown = f"{prompt} -> {text}" if mode == "answer" else prompt + text
+        tqdm.write(f"sample: {' '.join(shown.split())}", file=sys.stderr)
 
     def end_early(self) -> None:
         """Lets the learning rate fall from here on, once held-out data was foretold worse often
@@ -558,5 +571,5 @@ def uncompiled(options: TrainConfig) -> AbstractContextManager[None]:
 
 def comparable(options: TrainConfig) -> dict[str, Any]:
     """The options that a resumed run must share."""
-    free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every"}
+    free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every", "sample_prompt"}
     return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}

@@ -13,6 +13,7 @@ import torch
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import FinetuneConfig, HRMConfig, PretrainConfig, TrainConfig
+from .corpus import look_at
 from .data import (
     LMDataset,
     PathLike,
@@ -64,11 +65,11 @@ def train_lm(
     with first_process_first():
         resumed = state_to_resume(options, "pretrain")
         paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
-        held_out = None if val is None else load_stream([val], options.encoding)
+        held_out = None if val is None else load_stream([val], options.encoding, sep=options.sep)
         files = [f for f in text_files(paths) if val is None or not f.samefile(val)]
         if not files:
             raise HRMError(f"{val} is all the text there is: give another --val, or none")
-        stream = load_stream(files, options.encoding, folder / "corpus.tokens")
+        stream = load_stream(files, options.encoding, folder / "corpus.tokens", options.sep)
     if held_out is None:
         stream, held_out = split_stream(stream, options.val_fraction)
     if not len(stream):
@@ -89,6 +90,11 @@ def train_lm(
         with scoring_bar(len(text), "B") as bar:
             return score_stream(model, text, dtype, progress=bar.update)
 
+    say(f"corpus: {(found := look_at(stream))}")
+    say(f"held out: {len(held_out):,} bytes, {'the end of it' if val is None else val}")
+    for line in found.warnings(model.n_parameters()):
+        say(f"warning: {line}")
+    announce("pretrain", model, dtype)
     trainer = Trainer(
         model,
         LMDataset(stream, config.max_len, options.planner_view, config.past_len, options.denoise),
@@ -98,7 +104,6 @@ def train_lm(
         score=score_some if len(held_out) else None,
         resumed=resumed,
     )
-    announce("pretrain", model, dtype, f"{len(stream):,} bytes of text, {len(held_out):,} held out")
     trainer.run()
     return trainer.result(score_all)
 
@@ -172,17 +177,17 @@ def train_ft(
         score=score_some if len(held_out) else None,
         resumed=resumed,
     )
-    announce("finetune", model, dtype, f"{len(data):,} rows, {len(held_out):,} held out")
+    announce("finetune", model, dtype, f", {len(data):,} rows, {len(held_out):,} held out")
     trainer.run()
     return trainer.result(score_all)
 
 
-def announce(stage: str, model: HRMModel, dtype: torch.dtype, data: str) -> None:
+def announce(stage: str, model: HRMModel, dtype: torch.dtype, data: str = "") -> None:
     """Says on stderr what is about to be trained, and on what."""
     precision = str(dtype).removeprefix("torch.")
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     say(
-        f"{stage}: {model.n_parameters():,} parameters, {data}; "
+        f"{stage}: {model.n_parameters():,} parameters{data}; "
         f"{model.device} in {precision}{processes}"
     )
 

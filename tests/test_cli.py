@@ -237,6 +237,8 @@ BAD = {
         "--predictions",
         "./pairs.tsv",
     ),
+    "no run to plot": ("plot", "folder"),
+    "unknown picture": ("plot", "folder", "-o", "a.gif"),
     "missing text": ("evaluate", "nowhere.txt", "--ckpt", "good.pt"),
     "empty text": ("evaluate", "empty.txt", "--ckpt", "good.pt"),
     "batch of none": ("evaluate", "text.txt", "--ckpt", "good.pt", "--batch_size", "0"),
