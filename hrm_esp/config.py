@@ -260,7 +260,7 @@ class FinetuneConfig(TrainConfig):
 
     batch_size: int = option(2, "training", "tokens a step and process, in units of max_len", low=1)
     dropout: float = option(
-        0.0, "model", "share of activations dropped in training", low=0, below=1
+        0.2, "model", "share of activations dropped in training", low=0, below=1
     )
     ngram_dropout: float = option(
         0.0, "model", "share of the n-gram vectors dropped in training", low=0, below=1
