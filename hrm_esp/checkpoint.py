@@ -41,7 +41,7 @@ class Checkpoint:
     training: dict[str, Any] | None = None
 
     def model(self, device: torch.device | str = "cpu") -> HRMModel:
-        """The model, in evaluation mode.
+        """The model, in evaluation mode; its weights are these, not copies.
 
         Raises:
             HRMError: the weights are not those of the config.

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -62,6 +61,11 @@ examples:
 examples:
   hrm-esp evaluate book.txt
   hrm-esp evaluate held_out.tsv --ckpt checkpoints/finetune_best.pt --json
+""",
+    "plans": """\
+examples:
+  hrm-esp plans corpus.txt
+  hrm-esp plans "Había una vez" "El mar está lejos" -o map.png
 """,
     "plot": """\
 examples:
@@ -208,7 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=int, metavar="N", help="bytes to write at most (default: 512)")
     add(
         "--min_new_tokens", type=int, default=0, metavar="N",
-        help="bytes to write at least (default: 0)",
+        help="bytes to write at least, unless a stop comes (default: 0)",
     )  # fmt: skip
     add(
         "--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated"
@@ -223,16 +227,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--min_p", type=float, default=0.0, metavar="P",
         help="of those, the ones at least P times as likely as the likeliest (default: 0)",
     )  # fmt: skip
-    add("--seed", type=int, metavar="N", help="the same seed, the same text (default: a new one)")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="the same seed, the same text; of several, by its place (default: a new one)",
+    )
     add = groups["run"].add_argument
     add(
         "--batch_size", type=int, default=32, metavar="N",
-        help="texts written together (default: 32)",
+        help="texts written together, once so many prompts were read (default: 32)",
     )  # fmt: skip
     add(
         "--draft_len", type=int, metavar="N",
-        help="bytes that a text written alone is drafted ahead, at most: faster, and as likely "
-        "(default: 16; 0: none)",
+        help="bytes that a text written alone is drafted ahead, at most: faster and as likely; "
+        "a seed's text is another with it than without (default: 16; 0: none)",
     )  # fmt: skip
     add(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto",
@@ -260,6 +269,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--predictions", metavar="FILE", help="write prompt, target and answer of each row here"
     )
     add_device(evaluate)
+
+    plans = command("plans", run_plans, "Show what the plans of texts have in common.")
+    plans.add_argument(
+        "texts", nargs="+", metavar="TEXT", help="a text, or a file with one on each line (or .tsv)"
+    )
+    add_ckpt(plans)
+    plans.add_argument("-o", "--out", metavar="FILE", help="draw a map, too: .png, .svg or .pdf")
+    add_device(plans)
 
     plot = command("plot", run_plot, "Draw the curves of runs.")
     plot.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="the --out_dir of a run")
@@ -379,6 +396,8 @@ def load(args: argparse.Namespace) -> HRMModel:
 def run_generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and args.prompts is not None:
         raise HRMError("give --prompt or --prompts, not both")
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise HRMError("num_samples and batch_size must be at least 1")
     prompt = os.fsencode(args.prompt or "").decode(errors="ignore")  # argv may hold stray bytes
     stops = [os.fsencode(s).decode(errors="ignore") for s in args.stop]
     model = load(args)
@@ -392,7 +411,7 @@ def run_generate(args: argparse.Namespace) -> None:
     prompts = [prompt] if args.prompts is None else read_prompts(args.prompts, args.encoding)
     if mode == "answer":
         prompts = warned(prompts, model.config.max_len)
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    utf8_output()
     if args.prompts is None and args.num_samples == 1 and not args.json:
         characters = stream(model, *prompts, **options)
         if mode == "continue":
@@ -413,23 +432,46 @@ def run_generate(args: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
+def utf8_output() -> None:
+    """Raises HRMError if nobody could read what is written."""
+    if sys.stdout is None:
+        raise HRMError("standard output is closed")
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+
+
 def read_prompts(path: str, encoding: str) -> Iterator[str]:
     """The lines of a file, or of standard input, as they come; blank ones, too."""
-    from .data import open_text
+    from .data import TextStats, read_lines
 
-    if path == "-":
-        sys.stdin.reconfigure(encoding=encoding, errors="ignore")  # type: ignore[union-attr]
-    with nullcontext(sys.stdin) if path == "-" else open_text(path, encoding) as file:
-        for line in file:
-            yield line.rstrip("\r\n")
+    stats = TextStats()
+    yield from read_lines(path, encoding, stats)
+    if stats.undecodable:
+        print(f"warning: {stats.undecodable:,} bytes are not {encoding}: is --encoding right?",
+              file=sys.stderr)  # fmt: skip
 
 
 def warned(prompts: Iterable[str], limit: int) -> Iterator[str]:
     """The prompts, with a line on stderr for each that is longer than is read of it."""
+    from .data import to_bytes
+
     for prompt in prompts:
-        if len(prompt.encode(errors="ignore")) > limit:
+        if len(to_bytes(prompt)) > limit:
             print(f"warning: only the first {limit} bytes of the prompt are read", file=sys.stderr)
         yield prompt
+
+
+def run_plans(args: argparse.Namespace) -> None:
+    model = load(args)
+
+    from .plans import draw_map, lines_of, plans_of, report
+
+    found = plans_of(model, list(lines_of(args.texts)))
+    utf8_output()
+    for line in report(found):
+        print(line)
+    if args.out is not None:
+        draw_map(found, args.out)
+        print(f"\n{args.out}")
 
 
 def run_plot(args: argparse.Namespace) -> None:

@@ -184,18 +184,20 @@ class NgramCounts(nn.Module):
         return found
 
     def mix(self, logits: Tensor, states: Tensor, found: Sequence[Sequence[Followers]]) -> Tensor:
-        """The network's logits (B, T, V) -> the log-probabilities of the mixture, (B, T, V).
+        """The network's logits (B, T, V) -> the log-probabilities of the mixture, (B, T, V). For
+        any weights and gradients, a place at a time: training and writing have faster ways.
 
         Args:
             states: (B, T, D), the network's.
             found: what followed the contexts at each place, B rows of T.
         """
         met, shares = (
-            torch.from_numpy(np.array(part).reshape(*states.shape[:2], *part[0].shape)).to(states)
+            torch.from_numpy(np.array(part).reshape(*states.shape[:2], *part[0].shape))
             for part in zip(*chain.from_iterable(found), strict=True)
         )
+        met, shares = met.to(states.device), shares.to(states.device)
         rest, weights = self._shares(met[:, :, 0], met[:, :, 1], states)
-        counted = (weights[..., None, :] @ shares).squeeze(-2)
+        counted = (weights[..., None] * shares).sum(-2)  # a product would be in a lower precision
         return torch.addcmul(counted, logits.float().softmax(-1), rest[..., None]).log()
 
     def _nearest(self, past: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import re
+import sys
 import tempfile
 import unicodedata
 import zlib
@@ -78,18 +80,26 @@ def to_bytes(text: str) -> bytes:
 
 
 def open_text(path: PathLike, encoding: str) -> IO[str]:
-    """A text file, gzipped if its name ends in ``.gz``, without its byte order mark.
+    """A text file, gzipped if its name ends in ``.gz``, without its byte order mark; ``-`` is
+    standard input.
 
     Raises:
         HRMError: missing, a folder, unreadable, binary, or an unknown encoding.
     """
     name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     try:
+        if str(path) == "-":
+            if sys.stdin is None:
+                raise HRMError("there is no standard input: give a file")
+            return io.TextIOWrapper(sys.stdin.buffer, encoding=name, errors="surrogateescape")
         opener = gzip.open if str(path).endswith(".gz") else open
         file: IO[str] = opener(path, "rt", encoding=name, errors="surrogateescape")
-        if "\0" in file.read(65536):
-            raise HRMError(f"{path} is not text in {encoding}: give --encoding, or another file")
-        file.seek(0)
+        if file.seekable():  # and not a pipe
+            if "\0" in file.read(65536):
+                raise HRMError(
+                    f"{path} is not text in {encoding}: give --encoding, or another file"
+                )
+            file.seek(0)
     except LookupError as error:
         raise HRMError(f"unknown encoding {encoding!r}: try utf-8, latin-1 or cp1252") from error
     except IsADirectoryError as error:
@@ -104,7 +114,8 @@ def open_text(path: PathLike, encoding: str) -> IO[str]:
 
 
 def read_lines(path: PathLike, encoding: str, stats: TextStats) -> Iterator[str]:
-    """All lines of a text file, blank ones too, without what cannot be decoded, which is counted.
+    """All lines of a text file, blank ones too, as they come, without what cannot be decoded, which
+    is counted.
 
     Raises:
         HRMError: the file is missing, a folder, or no text.

@@ -24,6 +24,7 @@ from .sampling import AFTER, Sampling, draw, probabilities
 from .tokenizer import EOS, PAD
 
 Array = NDArray[np.float32]
+TINY = np.float32(1e-37)  # so that no logarithm is of zero
 
 
 def window_start(n_tokens: int, max_len: int) -> int:
@@ -42,6 +43,7 @@ class Decoder:
         executor: the model's own, or a `packed` one.
         plan: (B, P).
         rows: the tokens of each, BOS first.
+        memory: of each row's prompt, for the model's cross attention, if it is to be read.
         before: what was read before the first token of each, for the counts.
         dtype: of the products, where the executor is not packed.
     """
@@ -63,7 +65,7 @@ class Decoder:
         self.plan, self.memory = plan, memory
         self.before = [list(b) for b in before] if before else [[] for _ in rows]
         self.rows = [list(row) for row in rows]
-        self.starts = [-1] * len(rows)  # of the windows
+        self.starts = [-1] * len(rows)  # of the windows; at first none is read
         # Which character of its answer each token is part of: of use to cross attention alone.
         self.characters: list[list[int]] = []
         if memory is not None:
@@ -71,7 +73,7 @@ class Decoder:
         self.n_new = 1  # tokens at the end of each row that `look` has not seen
         self.cache: ExecutorCache | None = None
         self.readers: list[Reader] = []
-        self.found: list[list[Followers]] = []  # for each row, of the new tokens
+        self.found: list[list[Followers]] = []  # for each row, of the new tokens: until `look`
         self.hints: Array | None = None  # (B, T, N): how the counts were trusted there
         if self.counts is not None:
             self.gains = self.counts.by_count.detach().cpu().numpy().T.copy()
@@ -134,9 +136,11 @@ class Decoder:
         )
         self.found = [[] for _ in every]
         weights = SURE * order_weights(met, self.gains, self.hints)
-        mixed = np.exp(logprobs) * (1 - weights.sum(-1, keepdims=True))
-        mixed += (weights[..., None, :] @ shares)[..., 0, :]
-        return np.log(mixed, out=mixed)
+        rest = 1 - weights.sum(-1, keepdims=True)
+        counted = (weights[..., None, :] @ shares)[..., 0, :]
+        mixed = np.exp(logprobs) * rest + counted
+        # What was never counted is not taken through an exponential, where it could vanish.
+        return np.where(counted > 0, np.log(mixed + TINY), logprobs + np.log(rest))
 
     def undo(self, n: int) -> None:
         """Takes back the last n tokens of the only row."""
@@ -168,6 +172,7 @@ class Decoder:
             if values := getattr(self, name):
                 setattr(self, name, [values[i] for i in kept])
         self.plan, self.memory = self.plan[at], self._memory(at)
+        self.hints = None
         if self.cache is not None:
             self.cache.select(at)
 
@@ -209,11 +214,11 @@ class Decoder:
         groups: dict[int, list[int]] = {}  # those of one length together
         for i in moved:
             groups.setdefault(len(self.rows[i]) - self.starts[i], []).append(i)
-        if self.cache is not None and len(moved) < len(self.rows):
+        if self.cache is not None and len(moved) < len(self.rows):  # beside those that did not
             cache, end = self.cache, self.cache.length
-        elif len(groups) == 1:
+        elif len(groups) == 1:  # all rows, and all of one length
             return self._read(moved)
-        else:
+        else:  # all rows, to end together; room for as many steps again before they are shifted
             cache = self._new_cache(2 * (self.config.max_len + 1), self.memory)
             end = 1 + max(groups) - self.n_new  # PLAN, too
         for rows in groups.values():
@@ -270,7 +275,6 @@ class Row:
         return len(self.written) < how.max_new_tokens and not self.written.endswith(how.stop)
 
 
-TINY = 1e-30  # so that no logarithm is of zero
 WORTH = 0.2  # a draft less likely to be kept than this is not made longer
 
 
@@ -288,7 +292,8 @@ def draft_ahead(decoder: Decoder, row: Row, how: Sampling, draft_len: int) -> Dr
     limit = min(draft_len, how.max_new_tokens - len(row.written) - 1, decoder.room())
     while len(draft.tokens) < limit and (expected := decoder.guess()) is not None:
         mass = float(expected.sum())
-        likely *= 0.7 + 0.27 * mass  # measured: how often a draft is kept
+        # How often a draft is kept, measured on Don Quijote by the share of the counts.
+        likely *= 0.7 + 0.27 * mass
         if likely < WORTH or expected[EOS] > mass / 2:
             break
         allowed = how.allowed(state, len(row.written) + len(draft.tokens))
@@ -326,7 +331,8 @@ def decode(
         kept, last = 0, p[:, 0]
         for token, drawn_by in zip(*draft, strict=True):
             if rows[0].random.random() * drawn_by[token] >= p[0, kept, token]:
-                last = np.maximum(p[:, kept] - drawn_by, 0)
+                left = np.maximum(p[:, kept] - drawn_by, 0)
+                last = left if left.any() else p[:, kept]  # nothing is left by rounding alone
                 break
             kept += 1
             last = p[:, kept]

@@ -66,7 +66,8 @@ def keep_freed_memory() -> None:
 @contextmanager
 def one_thread(alone: bool = True) -> Iterator[None]:
     """One CPU thread for what is computed inside, if ``alone``: where there is little to share,
-    others save no time, and waiting for them costs much on a busy machine."""
+    others save no time, and waiting for them costs much on a busy machine. PyTorch keeps one number
+    for all threads of the program: one that computes at the same time is affected, too."""
     before = torch.get_num_threads()
     if not alone or before == 1:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -105,14 +106,14 @@ def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
             plan of the prompt and, if the model has cross attention, by its states: a pretrained
             one restores the prompt. By default ``answer`` for a finetuned model, else ``continue``.
         max_new_tokens: bytes to write at most; 512 by default, or ``min_new_tokens`` if larger.
-        min_new_tokens: bytes to write at least; 0 by default.
+        min_new_tokens: bytes to write at least, unless a stop comes; 0 by default.
         temperature: 0 is greedy; by default 0.8, to answer 0.
         top_k, top_p, min_p: choose among the k likeliest, among those of them that make up p, and
             among those of them at least ``min_p`` times as likely as the likeliest.
         stop: a text, or several, before which to end.
         seed: the same seed, the same text; by default a new one each time.
         precision: of the weights, ``fp32`` or ``bf16``; by default bf16 where the hardware has it.
-        draft_len: bytes guessed ahead at most (8), see `decode`; 0: none.
+        draft_len: bytes drafted ahead at most (16), see `decode`; 0: none.
 
     Raises:
         HRMError: a value out of its range.
@@ -165,7 +166,9 @@ def generate_batch(
 ) -> Iterator[Text]:
     """What follows each prompt, in order, many written together.
 
-    With a seed, a text depends on its place among all texts, but not on the others.
+    With a seed, each of several texts depends on its place, but not on the others. A text that is
+    the only one, or each with a ``batch_size`` of 1, is drafted, and for a seed another one. Puts
+    the model in evaluation mode.
 
     Args:
         prompts: read as they are needed.
@@ -178,6 +181,8 @@ def generate_batch(
     """
     if num_samples < 1 or batch_size < 1:
         raise HRMError("num_samples and batch_size must be at least 1")
+    if isinstance(prompts, str):
+        raise TypeError("give a list of prompts, or call generate")
     settings = Settings.of(model, **options)
     return _batches(model, prompts, num_samples, batch_size, settings)
 
@@ -187,8 +192,10 @@ def _batches(
 ) -> Iterator[Text]:
     executor = packed(model.executor, settings.dtype)
     texts, begun = (p for p in prompts for _ in range(num_samples)), 0
-    while batch := list(islice(texts, batch_size)):
-        yield from write_all(model, executor, batch, settings, begun)
+    while batch := list(islice(texts, min(batch_size, sys.maxsize))):
+        # A batch of one that is left over at the end is written as the others were.
+        alone = batch_size == 1 or begun + len(batch) == 1
+        yield from write_all(model, executor, batch, settings, begun, alone)
         begun += len(batch)
 
 
@@ -198,11 +205,13 @@ def write(
     prompts: Sequence[str],
     settings: Settings,
     begun: int = 0,
+    alone: bool = True,
 ) -> Iterator[Written]:
-    """The tokens of texts written together, as they come, after ``begun`` others."""
+    """The tokens of texts written together, as they come, after ``begun`` others; drafted, if it is
+    one ``alone``."""
     decoder = new_decoder(model, executor, prompts, settings)
     randoms = [settings.random(begun + i) for i in range(len(prompts))]
-    return decode(decoder, settings.how, randoms, settings.draft_len)
+    return decode(decoder, settings.how, randoms, settings.draft_len if alone else 0)
 
 
 @torch.inference_mode()
@@ -232,11 +241,12 @@ def write_all(
     prompts: Sequence[str],
     settings: Settings,
     begun: int = 0,
+    alone: bool = True,
 ) -> list[Text]:
-    """Texts written together."""
+    """Texts written together; arguments as of `write`."""
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
-    for row, token, logprob in write(model, executor, prompts, settings, begun):
+    for row, token, logprob in write(model, executor, prompts, settings, begun, alone):
         tokens[row].append(token)
         logprobs[row].append(logprob)
     stops, texts = [s.decode() for s in settings.how.stop], []

@@ -53,7 +53,7 @@ class Contexts(NamedTuple):
     known: int
 
     def then(self, token: int, powers: NDArray[np.int64]) -> Contexts:
-        """After one more token."""
+        """After one more token: each hash is that of the shorter context, and the token's part."""
         digest = powers * (token + 1)
         if token == BOS:
             return Contexts(digest, 1)
@@ -83,7 +83,8 @@ class Table:
         self.entries, self.cumulative = entries, cumulative
         self.longest, self.last = max(orders), 2**TOKEN_BITS - 1
         self.recent_orders, self.by_kind = list(recent_orders), list(by_kind)
-        # Where a context of each order stands among those of all lengths, and what is found of it.
+        # Where the hash of each order is among those of 1, 2, ... tokens (``places``), and where
+        # what is found of it stands among all orders by length (``rows``).
         self.places, self.recent_places = np.array(orders) - 1, np.array(recent_orders) - 1
         self.rows, self.recent_rows = np.array(by_kind[: len(orders)]), by_kind[len(orders) :]
         # How many are complete, by the length of the longest context that is.

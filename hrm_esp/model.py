@@ -177,16 +177,16 @@ class ExecutorCache:
         return self.length - self.offset[:, None] + torch.arange(n, device=self.offset.device)
 
     def mask(self, n: int, device: torch.device) -> Tensor | None:
-        """Which keys the next n tokens may read, (n, length + n) or, where rows differ in them,
-        (B, 1, n, length + n); None: all, or those up to their own in an empty cache."""
-        own = None
+        """Which keys the next n tokens may read, (n, length + n) or, where rows differ in them and
+        take one token at a time, (B, 1, 1, length + 1); None: all, or in an empty cache those up to
+        their own."""
         if self.offset is not None:
-            slots = torch.arange(self.length + n, device=device)
-            own = (slots >= self.offset[:, None])[:, None, None]
+            assert n == 1
+            slots = torch.arange(self.length + 1, device=device)
+            return (slots >= self.offset[:, None])[:, None, None]
         if n == 1 or self.length == 0:
-            return own
-        causal = torch.ones(n, self.length + n, dtype=torch.bool, device=device).tril(self.length)
-        return causal if own is None else causal & own
+            return None
+        return torch.ones(n, self.length + n, dtype=torch.bool, device=device).tril(self.length)
 
     @property
     def has_memory(self) -> bool:

@@ -20,8 +20,8 @@ def product(x: Tensor, weight: Tensor, then: str = "none") -> Tensor:
 
 
 def laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as oneDNN wants it for few rows. A plain product lays it out anew each time, or
-    reads it in an order that is slow."""
+    """A weight as oneDNN wants it for few rows (4, to it). A plain product lays it out anew each
+    time, or reads it in an order that is slow."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 4)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +61,31 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return runs
 
 
+@contextmanager
+def figure(out: str, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+    """Panels to draw in, (rows, columns), saved in the format of the file's ending.
+
+    Raises:
+        HRMError: matplotlib is missing, or the ending is unknown.
+    """
+    if not out.endswith(ENDINGS):
+        raise HRMError(f"cannot draw {out}: give a file that ends in {', '.join(ENDINGS)}")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise HRMError("plotting needs matplotlib: pip install 'hrm-esp[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        drawn, panels = pyplot.subplots(
+            rows, columns, figsize=size, layout="constrained", squeeze=False
+        )
+        yield panels
+        drawn.savefig(out, dpi=110)
+        pyplot.close(drawn)
+
+
 def plot(folders: Sequence[str], out: str) -> None:
     """Draws bits per byte against bytes and minutes, and learning rate, speed and use of codes.
 
@@ -70,19 +96,9 @@ def plot(folders: Sequence[str], out: str) -> None:
     Raises:
         HRMError: matplotlib is missing, a folder has no log, or the file's ending is unknown.
     """
-    if not out.endswith(ENDINGS):
-        raise HRMError(f"cannot draw {out}: give a file that ends in {', '.join(ENDINGS)}")
-    runs = read_runs(folders)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise HRMError("plotting needs matplotlib: pip install 'hrm-esp[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
-        size, minutes, lr, speed, codes, legend = axes.flat
+    with figure(out, 2, 3, (13, 7)) as panels:
+        runs = read_runs(folders)
+        size, minutes, lr, speed, codes, legend = panels.flat
         bits(size, runs, "bytes_seen", "million bytes seen", lambda n: n / 1e6)
         bits(minutes, runs, "seconds", "minutes", lambda s: s / 60)
         panel(lr, runs, "lr", "learning rate")
@@ -91,8 +107,6 @@ def plot(folders: Sequence[str], out: str) -> None:
         legend.axis("off")
         handles, labels = size.get_legend_handles_labels()
         legend.legend(handles, labels, loc="center left", frameon=False)
-        figure.savefig(out, dpi=110)
-        pyplot.close(figure)
 
 
 def styles(runs: Sequence[Run]) -> itertools.chain[Any]:

@@ -44,7 +44,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert out.returncode == 0 and "examples:" in out.stdout
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune", "generate", "evaluate"])
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "generate", "evaluate", "plans"])
 def test_each_command_has_help_with_examples(run: Run, command: str) -> None:
     out = run(command, "--help")
     assert out.returncode == 0 and f"hrm-esp {command} " in out.stdout
@@ -412,6 +412,27 @@ def test_many_texts_in_order(trained: Path, run: Run) -> None:
         assert text["logprob"] == pytest.approx(sum(text["logprobs"]))
     (answers,) = run("generate", "--prompt", "12", "--json", cwd=trained).stdout.splitlines()
     assert json.loads(answers)["prompt"] == "12"
+
+
+def test_prompts_with_what_is_no_text(trained: Path) -> None:
+    args = [sys.executable, "-m", "hrm_esp", "generate", "--max_new_tokens", "3", "--prompts"]
+    for data, first in ((b"\xef\xbb\xbfni\xf1o\n", "nio"), ("ñ".encode("utf-16"), "ñ")):
+        (trained / "odd.txt").write_bytes(data)
+        encoding = ["--encoding", "utf-16"] if first == "ñ" else []
+        for name, given in (("-", data), ("odd.txt", None)):
+            out = subprocess.run(
+                [*args, name, "--json", *encoding], cwd=trained, capture_output=True, input=given
+            )
+            assert out.returncode == 0 and json.loads(out.stdout)["prompt"] == first
+            assert (b"warning" in out.stderr) == (first == "nio")
+    for data, encoding in ((b"a", ["klingon"]), (b"a", ["rot13"]), (b"abc", ["utf-16"])):
+        out = subprocess.run(
+            [*args, "-", "--encoding", *encoding], cwd=trained, capture_output=True, input=data
+        )
+        assert out.returncode == 2 and out.stderr.count(b"\n") == 1, out.stderr
+    command = f"{' '.join(args)} - <&- >&-"
+    closed = subprocess.run(["bash", "-c", command], cwd=trained, capture_output=True)
+    assert closed.returncode == 2 and b"Traceback" not in closed.stderr
 
 
 def test_prompts_are_answered_as_they_come(trained: Path) -> None:

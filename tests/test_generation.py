@@ -220,8 +220,14 @@ def test_a_seed_is_a_text_whatever_else_happened() -> None:
     np.random.random(7)
     assert generate(model, "Sol", seed=5, temperature=1.0) == one
     assert generate(model, "Sol", seed=6, temperature=1.0) != one
-    texts = [t.text for t in generate_batch(model, ["Sol"], num_samples=3, seed=5)]
-    assert len(set(texts)) == 3
+    texts = [t.text for t in generate_batch(model, ["Sol"] * 5, seed=5, precision="fp32")]
+    assert len(set(texts)) == 5
+    for prompts, size in ((["Sol", "", "abcabc", "Sol", "Sol"], 8), (["Sol"] * 5, 4)):
+        others = generate_batch(model, prompts, seed=5, batch_size=size, precision="fp32")
+        written = [t.text for t in others]
+        assert all(a == b for a, b, p in zip(texts, written, prompts, strict=True) if p == "Sol")
+    (alone,) = generate_batch(model, ["Sol"], seed=5)
+    assert alone.text == generate(model, "Sol", seed=5)
 
 
 def test_line_breaks_in_prompts() -> None:
@@ -256,6 +262,8 @@ def test_prompts_are_brought_to_one_form() -> None:
 def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
     with pytest.raises(HRMError):
         generate_batch(random_model(), ["x"], **wrong)
+    with pytest.raises(TypeError):
+        generate_batch(random_model(), "x")
     if not wrong.keys() & {"num_samples", "batch_size"}:
         with pytest.raises(HRMError):
             stream(random_model(), "x", **wrong)

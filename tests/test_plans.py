@@ -1,0 +1,43 @@
+"""What is said of plans, on models of the command's own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TEXT, Run, random_model
+
+from hrm_esp.plans import closest, plans_of, report
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_each_text_has_the_code_of_its_plan(groups: int) -> None:
+    model = random_model(gumbel_hard=True, n_plan_groups=groups)
+    texts = TEXT.split("\n")
+    plans = plans_of(model, texts)
+    assert model.planner.codebook is not None and plans.choices is not None
+    codes = model.planner.codebook.codes.detach().numpy()
+    for vector, choice in zip(plans.vectors, plans.choices, strict=True):
+        chosen = [codes[g, k] for g, k in enumerate(choice.argmax(-1))]
+        np.testing.assert_allclose(vector, np.concatenate(chosen), rtol=1e-5)
+    lines = list(report(plans))
+    shares = [float(line.split()[-1][:-1]) for line in lines if line.startswith("\ncode ")]
+    assert sum(shares) == pytest.approx(100 * groups, abs=0.1 * len(shares))
+
+
+def test_a_text_is_closest_to_itself() -> None:
+    model = random_model(gumbel=False)
+    plans = plans_of(model, ["uno dos", "El mar", "uno dos", "La casa azul"])
+    lines = list(closest(plans))
+    assert lines[1].split() == ["1.00", "uno", "dos", "~", "uno", "dos"]
+    assert len(lines) == 5
+    assert len(list(report(plans_of(model, ["solo"])))) == 1
+
+
+def test_the_command_shows_codes_and_draws_a_map(trained: Path, run: Run, tmp_path: Path) -> None:
+    ckpt = trained / "checkpoints" / "pretrain_best.pt"
+    out = run("plans", trained / "corpus.txt", "Otra línea", "--ckpt", ckpt, "-o", "map.png")
+    assert out.returncode == 0 and not out.stderr, out.stderr
+    assert out.stdout.startswith(f"{TEXT.count(chr(10)) + 2} texts") and "\ncode " in out.stdout
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    pairs = run("plans", trained / "pairs.tsv", "--ckpt", ckpt)
+    assert pairs.stdout.startswith("60 texts") and "impar" not in pairs.stdout
