@@ -209,6 +209,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="continue: the prompt and what follows it; answer: only the answer "
         "(default: answer after finetuning, else continue)",
     )
+    add("--plan_from", metavar="TEXT", help="guided by this text's plan instead of the prompt's")
+    add(
+        "--plan_code", type=codes, metavar="K",
+        help="guided by this code of the codebook (of several: K,K,...); see hrm-esp plans",
+    )  # fmt: skip
     add("--max_new_tokens", type=int, metavar="N", help="bytes to write at most (default: 512)")
     add(
         "--min_new_tokens", type=int, default=0, metavar="N",
@@ -283,6 +288,11 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("-o", "--out", default="curves.png", metavar="FILE",
                       help=".png, .svg or .pdf (default: curves.png)")  # fmt: skip
     return parser
+
+
+def codes(text: str) -> list[int]:
+    """``3`` or ``3,17``."""
+    return [int(part) for part in text.split(",")]
 
 
 def new_parser(make: Any, name: str | None, *args: Any, **keywords: Any) -> argparse.ArgumentParser:
@@ -406,6 +416,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     mode = args.mode or ("answer" if model.stage == "finetune" else "continue")
     names = "max_new_tokens min_new_tokens temperature top_k top_p min_p seed precision draft_len"
+    names += " plan_from plan_code"
     given = {n: v for n in names.split() if (v := getattr(args, n)) is not None}
     options: dict[str, Any] = {"mode": mode, "stop": stops, **given}
     prompts = [prompt] if args.prompts is None else read_prompts(args.prompts, args.encoding)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .data import as_inputs, encode_prompt, pad, prompt_tokens, to_bytes
 from .decoding import Decoder, Written, decode
@@ -55,6 +56,7 @@ class Settings:
     seed: int | None
     dtype: torch.dtype
     draft_len: int
+    plan: torch.Tensor | None  # (P,), instead of the prompt's own
 
     @classmethod
     def of(
@@ -67,6 +69,8 @@ class Settings:
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         stop: str | Sequence[str] = (),
+        plan_from: str | None = None,
+        plan_code: int | Sequence[int] | None = None,
         **sampling: Any,
     ) -> Settings:
         """With what depends on the model and on each other filled in."""
@@ -90,11 +94,41 @@ class Settings:
             stop=tuple(to_bytes(s) for s in stops),
             **sampling,
         )
-        return cls(mode, how, seed, choose_precision(model.device, precision), draft_len)
+        plan = steering_plan(model, plan_from, plan_code)
+        return cls(mode, how, seed, choose_precision(model.device, precision), draft_len, plan)
 
     def random(self, index: int) -> np.random.Generator:
         """Of one of many texts."""
         return np.random.default_rng(None if self.seed is None else (self.seed, index))
+
+
+@torch.inference_mode()
+def steering_plan(
+    model: HRMModel, text: str | None, code: int | Sequence[int] | None
+) -> torch.Tensor | None:
+    """The plan of a text, or of a code of each codebook, (P,); or none.
+
+    Raises:
+        HRMError: both, no codebook, or no such code.
+    """
+    if text is not None and code is not None:
+        raise HRMError("give plan_from or plan_code, not both")
+    model.eval()
+    if text is not None:
+        prompt = prompt_tokens(encode_prompt(text, model.config.max_len))
+        return model.planner(torch.tensor([prompt], device=model.device))[0][0]
+    if code is None:
+        return None
+    codebook, codes = model.planner.codebook, [code] if isinstance(code, int) else list(code)
+    if codebook is None:
+        raise HRMError("this model has no codebook: give plan_from instead of plan_code")
+    if len(codes) != codebook.groups or not all(0 <= c < codebook.n_codes for c in codes):
+        raise HRMError(
+            f"plan_code must be {codebook.groups} number(s) from 0 to {codebook.n_codes - 1}, "
+            f"not {', '.join(map(str, codes))}"
+        )
+    chosen = F.one_hot(torch.tensor([codes], device=model.device), codebook.n_codes)
+    return codebook.mix(chosen.float())[0]
 
 
 def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
@@ -113,6 +147,8 @@ def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
         stop: a text, or several, before which to end.
         seed: the same seed, the same text; by default a new one each time.
         precision: of the weights, ``fp32`` or ``bf16``; by default bf16 where the hardware has it.
+        plan_from: a text whose plan is to guide the words, instead of the prompt's.
+        plan_code: the code whose plan is to; of several codebooks one each.
         draft_len: bytes drafted ahead at most (16), see `decode`; 0: none.
 
     Raises:
@@ -224,15 +260,20 @@ def new_decoder(
         asked = [encode_prompt(p, model.config.max_len) for p in prompts]
         ids = pad([prompt_tokens(p) for p in asked]).to(model.device)
         memory = model.planner.read(ids)
-        plan, _ = model.planner.plan(memory)
+        plan = guiding(model.planner.plan(memory)[0], settings)
         read = memory if model.config.memory else None
         rows = [[BOS]] * len(prompts)
         return Decoder(model, executor, plan, rows, read, asked, settings.dtype)
     rows = [continue_tokens(p) for p in prompts]
     # The Planner reads what it can of the end of a prompt; its plan then stands.
     ends = [[BOS, *row[1:][-model.config.max_len :]] for row in rows]
-    plan, _ = model.planner(pad(ends).to(model.device))
+    plan = guiding(model.planner(pad(ends).to(model.device))[0], settings)
     return Decoder(model, executor, plan, rows, dtype=settings.dtype)
+
+
+def guiding(plan: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """The plans of prompts (B, P), or the one to guide all of them instead."""
+    return plan if settings.plan is None else settings.plan.to(plan.dtype).expand_as(plan)
 
 
 def write_all(

@@ -212,6 +212,8 @@ BAD = {
     "negative temperature": ("generate", "--ckpt", "good.pt", "--temperature", "-1"),
     "top_p of zero": ("generate", "--ckpt", "good.pt", "--top_p", "0"),
     "min_p above one": ("generate", "--ckpt", "good.pt", "--min_p", "1.5"),
+    "no such code": ("generate", "--ckpt", "good.pt", "--plan_code", "8"),
+    "no code": ("generate", "--ckpt", "good.pt", "--plan_code", "a"),
     "empty stop": ("generate", "--ckpt", "good.pt", "--stop", ""),
     "no samples": ("generate", "--ckpt", "good.pt", "--num_samples", "0"),
     "batch of no texts": ("generate", "--ckpt", "good.pt", "--json", "--batch_size", "0"),

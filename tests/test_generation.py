@@ -230,6 +230,24 @@ def test_a_seed_is_a_text_whatever_else_happened() -> None:
     assert alone.text == generate(model, "Sol", seed=5)
 
 
+@pytest.mark.parametrize("mode", ["continue", "answer"])
+def test_a_plan_steers_the_words(mode: str) -> None:
+    model = random_model(gumbel_hard=True, n_plan_groups=2)
+    asked = {"mode": mode, "seed": 0, "max_new_tokens": 30}
+    own = generate(model, "abc", **asked)
+    prompt = torch.tensor([[BOS, *b"abc"] + [EOS] * (mode == "answer")])
+    _, logits = model.planner(prompt)
+    code = logits.view(2, -1).argmax(-1).tolist()
+    assert generate(model, "abc", plan_code=code, **asked) == own
+    texts = {generate(model, "abc", plan_code=[k, k], **asked) for k in range(8)}
+    assert len(texts) > 4
+    codes = model.planner(torch.tensor([[BOS, *b"dddd", EOS]]))[1].view(2, -1).argmax(-1).tolist()
+    steered = generate(model, "abc", plan_from="dddd", **asked)
+    assert steered == generate(model, "abc", plan_code=codes, **asked)
+    with pytest.raises(HRMError):
+        generate(random_model(gumbel=False), "abc", plan_code=0)
+
+
 def test_line_breaks_in_prompts() -> None:
     assert continue_tokens("a\r\n\nb\n") == [BOS, 97, BOS, 98, BOS]
     assert encode_prompt("a\r\nb", 64) == b"a b"
@@ -254,6 +272,9 @@ def test_prompts_are_brought_to_one_form() -> None:
         {"precision": "int8"},
         {"draft_len": -1},
         {"stop": ""},
+        {"plan_code": 8},
+        {"plan_code": [1, 2]},
+        {"plan_code": 1, "plan_from": "a"},
         {"num_samples": 0},
         {"batch_size": 0},
     ],
