@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -229,9 +229,9 @@ def _batches(
     executor = packed(model.executor, settings.dtype)
     texts, begun = (p for p in prompts for _ in range(num_samples)), 0
     while batch := list(islice(texts, min(batch_size, sys.maxsize))):
-        # A batch of one that is left over at the end is written as the others were.
-        alone = batch_size == 1 or begun + len(batch) == 1
-        yield from write_all(model, executor, batch, settings, begun, alone)
+        if batch_size > 1 and begun + len(batch) > 1:  # the last, too, if it is one left over
+            settings = replace(settings, draft_len=0)
+        yield from write_all(model, executor, batch, settings, begun)
         begun += len(batch)
 
 
@@ -241,13 +241,11 @@ def write(
     prompts: Sequence[str],
     settings: Settings,
     begun: int = 0,
-    alone: bool = True,
 ) -> Iterator[Written]:
-    """The tokens of texts written together, as they come, after ``begun`` others; drafted, if it is
-    one ``alone``."""
+    """The tokens of texts written together, as they come, after ``begun`` others."""
     decoder = new_decoder(model, executor, prompts, settings)
     randoms = [settings.random(begun + i) for i in range(len(prompts))]
-    return decode(decoder, settings.how, randoms, settings.draft_len if alone else 0)
+    return decode(decoder, settings.how, randoms, settings.draft_len)
 
 
 @torch.inference_mode()
@@ -282,12 +280,11 @@ def write_all(
     prompts: Sequence[str],
     settings: Settings,
     begun: int = 0,
-    alone: bool = True,
 ) -> list[Text]:
     """Texts written together; arguments as of `write`."""
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
-    for row, token, logprob in write(model, executor, prompts, settings, begun, alone):
+    for row, token, logprob in write(model, executor, prompts, settings, begun):
         tokens[row].append(token)
         logprobs[row].append(logprob)
     stops, texts = [s.decode() for s in settings.how.stop], []
