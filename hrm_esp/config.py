@@ -263,7 +263,7 @@ class FinetuneConfig(TrainConfig):
         0.2, "model", "share of activations dropped in training", low=0, below=1
     )
     ngram_dropout: float = option(
-        0.0, "model", "share of the n-gram vectors dropped in training", low=0, below=1
+        0.5, "model", "share of the n-gram vectors dropped in training", low=0, below=1
     )
     context: str = option(
         "memory",
