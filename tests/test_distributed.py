@@ -99,7 +99,8 @@ def test_two_processes_are_one_with_twice_the_batch(
 
 
 def test_two_processes_finetune_as_one_does(corpus: Path, trained: Path) -> None:
-    given = ("finetune", trained / "pairs.tsv", "--ckpt", trained / "checkpoints/pretrain_last.pt")
+    given = ("finetune", trained / "pairs.tsv", "--ckpt", trained / "checkpoints/pretrain_last.pt",
+             "--dropout", "0", "--ngram_dropout", "0")  # fmt: skip
     flags = ("--no_gumbel", "--precision", "fp32", "--steps", 8, "--optimizer", "adamw")
     one, two = (
         recorded(n, corpus.parent / str(n), *given, *flags, "--batch_size", 4 // n) for n in (1, 2)

@@ -19,6 +19,7 @@ from hrm_esp.evaluation import (
     score_stream,
     wilson,
 )
+from hrm_esp.generation import generate_batch
 from hrm_esp.model import HRMModel
 from hrm_esp.tokenizer import BOS, EOS
 
@@ -91,12 +92,10 @@ def test_pairs_score_alike_whatever_the_batch() -> None:
 
 
 def test_exact_match_counts_the_answers_written() -> None:
-    from hrm_esp.sampling import answer_batch
-
     model = random_model(memory=True)
-    prompts = [b"uno", b"dos", b"tres"]
-    answers = [a.encode() for a in answer_batch(model, prompts, 8)]
-    pairs = [Pair(p, a) for p, a in zip(prompts, answers, strict=True)]
+    prompts = ["uno", "dos", "tres"]
+    answers = generate_batch(model, prompts, mode="answer", max_new_tokens=8, precision="fp32")
+    pairs = [Pair(a.prompt.encode(), a.text.encode()) for a in answers]
     data = TSVDataset([*pairs, Pair(b"uno", b"otra cosa")], 32)
     rows = [p for p in data.pairs if len(p.target) < 8] or data.pairs[-1:]
     score = score_pairs(model, TSVDataset(rows, 32))

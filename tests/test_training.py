@@ -205,7 +205,7 @@ def test_finetuning_starts_from_the_same_function(corpus: Path) -> None:
     reads = torch.ones(3, dtype=torch.bool)
     torch.testing.assert_close(tuned(prompt, y_in, reads)[0], model(prompt, y_in)[0])
     with_plan = model_to_finetune(start, FinetuneConfig(context="plan"))
-    assert not with_plan.config.memory and with_plan.config.ngram_dropout == 0
+    assert not with_plan.config.memory and with_plan.config.dropout == 0.2
     assert not model_to_finetune(start, FinetuneConfig(gumbel=False)).config.gumbel
     memory = Checkpoint(tuned.config, tuned.state_dict(), "finetune")
     assert model_to_finetune(memory, FinetuneConfig()).config.memory
@@ -376,8 +376,8 @@ TRAIN_FLAGS = {
     "precision": "bf16", "val_fraction": 0.5, "seed": 9, "planner_view": "previous", "grow": False,
     "denoise": 0.99,
 }  # fmt: skip
-ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep",
-             "save_every", "resume", "overwrite", "memory"}  # fmt: skip
+ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep", "sep",
+             "save_every", "resume", "overwrite", "memory", "sample_prompt"}  # fmt: skip
 
 
 def test_no_field_is_forgotten_below() -> None:
