@@ -18,7 +18,7 @@ from scipy.stats import chi2_contingency
 
 from hrm_esp import HRMModel, generate_batch, load_model
 from hrm_esp.data import load_stream
-from hrm_esp.decoding import Decoder, decode
+from hrm_esp.decoding import decode
 from hrm_esp.evaluation import score_stream
 from hrm_esp.generation import Settings, new_decoder
 from hrm_esp.packing import packed
@@ -31,7 +31,7 @@ def pieces(path: str, n: int, length: int) -> list[str]:
     return [bytes(stream[i : i + length]).decode(errors="ignore") for i in starts]
 
 
-def greedy(model: HRMModel, prompt: str, n_bytes: int, fast: bool) -> tuple[list[int], Decoder]:
+def greedy(model: HRMModel, prompt: str, n_bytes: int, fast: bool) -> list[int]:
     settings = Settings.of(
         model, mode="continue", precision="fp32", temperature=0.0,
         min_new_tokens=n_bytes, max_new_tokens=n_bytes,
@@ -40,7 +40,7 @@ def greedy(model: HRMModel, prompt: str, n_bytes: int, fast: bool) -> tuple[list
     decoder = new_decoder(model, executor, [prompt], settings)
     draft_len = settings.draft_len if fast else 0
     written = decode(decoder, settings.how, [settings.random(0)], draft_len)
-    return [token for _, token, _ in written], decoder
+    return [token for _, token, _ in written]
 
 
 def gap(model: HRMModel, prompt: str, written: list[int]) -> float:
@@ -68,7 +68,7 @@ def main() -> None:
 
     gaps = []
     for prompt in pieces(args.held_out, args.prompts, args.prompt_bytes):
-        one, other = (greedy(model, prompt, args.bytes, fast)[0] for fast in (True, False))
+        one, other = (greedy(model, prompt, args.bytes, fast) for fast in (True, False))
         if one != other:
             same = next(i for i, pair in enumerate(zip(one, other)) if len(set(pair)) > 1)  # noqa: B905
             gaps.append(gap(model, prompt, other[:same]))
