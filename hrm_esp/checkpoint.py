@@ -19,7 +19,7 @@ from .errors import HRMError
 from .files import written_whole
 from .model import HRMModel
 
-FORMAT = 3
+FORMAT = 4
 STAGES = ("pretrain", "finetune")
 
 

@@ -255,25 +255,28 @@ def build_parser() -> argparse.ArgumentParser:
     add_device(groups["run"])
 
     evaluate = command("evaluate", run_evaluate, "Score a text, or a .tsv of prompts and targets.")
+    groups = {name: evaluate.add_argument_group(name) for name in ("data", "results", "run")}
     evaluate.add_argument("file", help="the text or .tsv, .gz too")
     add_ckpt(evaluate)
-    evaluate.add_argument("--encoding", default="utf-8", help="of the file (default: utf-8)")
-    evaluate.add_argument(
+    add = groups["data"].add_argument
+    add("--encoding", default="utf-8", help="of the file (default: utf-8)")
+    add(
         "--sep", choices=("line", "blank"), default="line",
         help="what ends a document of a text: each line, or a blank one (default: line)",
     )  # fmt: skip
-    evaluate.add_argument(
+    add = groups["results"].add_argument
+    add("--json", action="store_true", help="one JSON object")
+    add("--predictions", metavar="FILE", help="write prompt, target and answer of each row here")
+    add = groups["run"].add_argument
+    add(
+        "--batch_size", type=int, default=16, metavar="N",
+        help="windows scored together (default: 16)",
+    )  # fmt: skip
+    add(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of the matrix products (default: auto)",
     )  # fmt: skip
-    evaluate.add_argument(
-        "--batch_size", type=int, default=16, help="windows scored together (default: 16)"
-    )
-    evaluate.add_argument("--json", action="store_true", help="one JSON object")
-    evaluate.add_argument(
-        "--predictions", metavar="FILE", help="write prompt, target and answer of each row here"
-    )
-    add_device(evaluate)
+    add_device(groups["run"])
 
     plans = command("plans", run_plans, "Show what the plans of texts have in common.")
     plans.add_argument(

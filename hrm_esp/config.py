@@ -181,7 +181,7 @@ class TrainConfig:
         1.0, "training", "largest gradient norm, n-gram tables aside; 0 is no limit", low=0
     )
     codebook_penalty: float = option(
-        0.01, "training", "weight of the reward for using all codes, in nats", low=0
+        0.1, "training", "weight of the reward for using all codes alike, in nats", low=0
     )
     precision: str = option(
         "auto",

@@ -59,7 +59,7 @@ class TextStats:
         self.bytes += len(document) if document.isascii() else len(document.encode())
 
     def warn(self, name: PathLike, encoding: str) -> None:
-        """Says on stderr if more than a trace was undecodable.
+        """Says on stderr how much was undecodable, and warns if it is more than a trace.
 
         Raises:
             HRMError: so much that this is no text.
@@ -67,11 +67,11 @@ class TextStats:
         share = self.undecodable / max(1, self.bytes + self.undecodable)
         if share > 0.2:
             raise HRMError(f"{name} is not text in {encoding}: give --encoding, or another file")
-        if share > TRACE:
-            say(
-                f"warning: {name}: {self.undecodable:,} bytes ({share:.1%}) are not {encoding} and "
-                "were left out; is it --encoding latin-1?"
-            )
+        if self.undecodable:
+            said = f"{name}: {self.undecodable:,} bytes ({share:.2%}) are not {encoding} and "
+            said += "were left out"
+            trace = share <= TRACE
+            say(said if trace else f"warning: {said}; is it --encoding latin-1?")
 
 
 def to_bytes(text: str) -> bytes:

@@ -75,6 +75,9 @@ class TokenEmbedding(nn.Embedding):
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+RECENT = 256  # rows by which new ones are standardized, and whose codes are to be used evenly
+
+
 class Codebook(nn.Module):
     """Chooses the plan from G codebooks of K codes by Gumbel-Softmax (Jang et al. 2017, section 2).
 
@@ -82,8 +85,11 @@ class Codebook(nn.Module):
     straight-through gradients. In evaluation there is no noise: the same prompt, the same plan.
     """
 
+    recent: Tensor  # (RECENT, D), the pooled states last met in training, zeros at first
+
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
+        self.register_buffer("recent", torch.zeros(RECENT, config.d_model))
         self.groups, self.n_codes = config.n_plan_groups, config.n_plan_codes
         self.hard, self.tau = config.gumbel_hard, config.gumbel_tau
         self.codes = nn.Parameter(
@@ -93,10 +99,26 @@ class Codebook(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, P) -> the plan (B, P) and the logits (B, G * K), codebook after codebook."""
-        parts = F.normalize(x.unflatten(-1, (self.groups, -1)).float(), dim=-1)
-        codes = F.normalize(self.codes.float(), dim=-1)
-        logits = self.log_scale.exp() * torch.einsum("bgp,gkp->bgk", parts, codes)
+        logits = self.log_scale.exp() * self.cosines(x)
         return self.mix(self.weigh(logits)), logits.flatten(1)
+
+    def cosines(self, x: Tensor) -> Tensor:
+        """x: (B, P) -> those with the codes, (B, G, K)."""
+        parts = F.normalize(x.unflatten(-1, (self.groups, -1)).float(), dim=-1)
+        return torch.einsum("bgp,gkp->bgk", parts, F.normalize(self.codes.float(), dim=-1))
+
+    def standardized(self, pooled: Tensor) -> Tensor:
+        """(B, D) -> the same, less the recent mean, over the recent deviation: what all texts have
+        in common is many times longer than what tells them apart, and would leave all cosines
+        nearly alike."""
+        var, mean = torch.var_mean(self.recent, 0, correction=0)
+        return ((pooled.float() - mean) * (var + 1e-6).rsqrt()).to(pooled.dtype)
+
+    @torch.no_grad()
+    def remember(self, pooled: Tensor) -> None:
+        """(B, D): takes them in, and forgets the oldest."""
+        rows = pooled[pooled.isfinite().all(1)].float()
+        self.recent.copy_(torch.cat((self.recent, rows))[-RECENT:])
 
     def weigh(self, logits: Tensor) -> Tensor:
         """Logits (B, G, K) -> the weight of each code, (B, G, K), each row summing to one."""
@@ -146,8 +168,20 @@ class Planner(nn.Module):
         else:
             weight = visible.to(states.dtype)[..., None]
             pooled = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
-        plan = self.to_plan(pooled)
-        return (plan, None) if self.codebook is None else self.codebook(plan)
+        if self.codebook is None:
+            return self.to_plan(pooled), None
+        plan = self.codebook(self.to_plan(self.codebook.standardized(pooled)))
+        if self.training:
+            self.codebook.remember(pooled)
+        return plan
+
+    def recent_logits(self) -> Tensor | None:
+        """With a codebook, its logits for the rows last met in training, (RECENT, G, K). The scale
+        takes no gradient: to be surest of all choices, it would grow for ever."""
+        if self.codebook is None:
+            return None
+        plan = self.to_plan(self.codebook.standardized(self.codebook.recent))
+        return self.codebook.log_scale.exp().detach() * self.codebook.cosines(plan)
 
 
 class ExecutorCache:

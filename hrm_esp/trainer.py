@@ -48,13 +48,14 @@ from .optim import (
     learning_rate,
     set_learning_rate,
 )
-from .progress import Meter, MetricsLog, entropy
+from .progress import Meter, MetricsLog
 
 SCORING_SHARE = 0.04  # of the time of a timed run, its first scoring aside
 SAMPLE_LEN = 120  # bytes
 N_SCORES = 8  # times a run is scored, evenly spaced
 WORSE = 0.01  # bits per byte more than at the best: noise at a high learning rate is less
 EPOCH_SECONDS = 10.0  # at least, between the checkpoints of two epochs of a timed run
+SINKHORN_TAU = 0.5  # of `even_shares`: lower is surer of each row's code
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
@@ -130,18 +131,26 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, after the run was saved."""
 
 
-def codebook_penalty(code_logits: Tensor) -> Tensor:
-    """Nats short of even use: log K - (H(mean choice) - mean H(choice)), averaged over codebooks.
+def even_shares(code_logits: Tensor) -> Tensor:
+    """Each row dealt out to the codes it likes, so that all codes get alike much: (B, G, K), each
+    row summing to one (Sinkhorn's algorithm, as in Caron et al. 2020, SwAV, section 3.1)."""
+    share = code_logits.float() / SINKHORN_TAU
+    for _ in range(3):
+        share = share - share.logsumexp(0)
+        share = share - share.logsumexp(-1, keepdim=True)
+    return share.exp()
 
-    The bracket is the mutual information of row and code. It is largest when every row is sure of
-    its code and all codes are used alike, so that it never blurs a single choice.
+
+def codebook_penalty(code_logits: Tensor) -> Tensor:
+    """The cross-entropy of the rows' choices against `even_shares`, in nats, averaged over
+    codebooks. It is nought when every row is sure of its code and all codes are used alike; also a
+    code that nobody chooses has a gradient.
 
     Args:
         code_logits: (B, G, K).
     """
-    p = code_logits.float().softmax(-1)
-    information = entropy(p.mean(0)) - entropy(p).mean(0)  # (G,)
-    return math.log(p.shape[-1]) - information.mean()
+    shares = even_shares(code_logits.detach())
+    return -(shares * code_logits.float().log_softmax(-1)).sum(-1).mean()
 
 
 def noise_seed(*key: int) -> int:
@@ -156,8 +165,10 @@ class Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.model.nats(*batch, leave_out=True)
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `HRMModel.nats` returns, and the logits of `Planner.recent_logits`."""
+        nats = self.model.nats(*batch, leave_out=True)
+        return *nats, self.model.planner.recent_logits()
 
 
 @contextmanager
@@ -240,7 +251,7 @@ class Trainer:
                 block.compile()
         require_the_same("data, options or saved state", (self.settings, asdict(self.state)))
         # Text leaves the Planner's blocks without gradients, pairs do not.
-        self.loss = parallel(Loss(model), some_unused=stage == "pretrain")
+        self.loss = parallel(Loss(model), stage == "pretrain", from_first=("codebook.recent",))
 
     def path(self, name: str) -> Path:
         return self.folder / f"{self.stage}_{name}.pt"
@@ -435,17 +446,17 @@ class Trainer:
             averaging = nullcontext() if is_last else without_averaging(self.loss)
             with noticing_lost_peers(), averaging:
                 with autocast(self.device, self.dtype):
-                    mixed, alone, codes = self.loss(batch)
+                    mixed, alone, codes, recent = self.loss(batch)
                 if self.stage == "finetune" or batch.reads_memory is None:
                     nats, shown = nats + mixed.sum().item(), shown + size
                 # Alone, too, the network is to foretell all: else it learns the counts' leavings.
                 loss = (mixed + alone).sum() / n_tokens
-                if codes is not None:
+                if codes is not None and recent is not None:
                     codes = codes.unflatten(-1, (self.model.config.n_plan_groups, -1))
                     chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()
                     usage = chosen if usage is None else usage + chosen
                     share = self.options.codebook_penalty * len(batch.y_out) / n_rows
-                    loss = loss + share * codebook_penalty(codes)
+                    loss = loss + share * codebook_penalty(recent)
                 # Gradients are averaged over the processes, and are to be summed.
                 self.scaler.scale(loss * world_size()).backward()
         nats, shown = summed(nats, shown)

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONFIG, PAIRS, TEXT, random_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hrm_esp import optim, progress, trainer
 from hrm_esp.checkpoint import Checkpoint, load_checkpoint, load_model
@@ -21,7 +24,16 @@ from hrm_esp.optim import (
     build_optimizers,
     learning_rate,
 )
-from hrm_esp.trainer import Interrupted, Score, Trainer, codebook_penalty, is_worse
+from hrm_esp.progress import perplexity
+from hrm_esp.trainer import (
+    SINKHORN_TAU,
+    Interrupted,
+    Score,
+    Trainer,
+    codebook_penalty,
+    even_shares,
+    is_worse,
+)
 from hrm_esp.training import model_to_finetune, train_ft, train_lm
 
 
@@ -310,10 +322,46 @@ def test_the_penalty_wants_even_use_and_sure_choices() -> None:
     sure_and_same = 50.0 * torch.eye(4)[:1].repeat(8, 1)
     blurred = torch.zeros(8, 4)
     assert codebook_penalty(sure_and_even[:, None]) == pytest.approx(0, abs=1e-4)
-    for bad in (sure_and_same, blurred):
-        assert codebook_penalty(bad[:, None]) == pytest.approx(math.log(4), abs=1e-4)
-    both = torch.stack((sure_and_even, sure_and_same), 1)
+    assert codebook_penalty(blurred[:, None]) == pytest.approx(math.log(4), abs=1e-4)
+    assert codebook_penalty(sure_and_same[:, None]) > 5
+    both = torch.stack((sure_and_even, blurred), 1)
     assert codebook_penalty(both) == pytest.approx(math.log(4) / 2, abs=1e-4)
+
+
+@given(st.integers(1, 3), st.integers(2, 9), st.integers(0, 99))
+def test_rows_are_dealt_out_evenly(groups: int, codes: int, seed: int) -> None:
+    logits = 3 * torch.randn(64, groups, codes, generator=torch.Generator().manual_seed(seed))
+    shares = even_shares(logits)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(64, groups))
+    by_choice = (logits / SINKHORN_TAU).softmax(-1)
+    uneven, even = (x.sum(0).std(-1).max() for x in (by_choice, shares))
+    assert even <= uneven + 1e-3
+
+
+def test_a_plan_that_all_texts_share_is_told_apart_by_all_codes() -> None:
+    """From nearly equal pooled states, all in a few directions, to even use of every code."""
+    chance = torch.Generator().manual_seed(0)
+    model = HRMModel(replace(CONFIG, gumbel=True, n_plan_groups=1, n_plan_codes=8))
+    codebook = model.planner.codebook
+    assert codebook is not None
+    d = CONFIG.d_model
+    pooled = torch.randn(256, 4, generator=chance) @ torch.randn(4, d, generator=chance)
+    codebook.remember(100 + pooled)
+
+    def in_use() -> float:
+        logits = model.planner.recent_logits()
+        assert logits is not None
+        return perplexity(F.one_hot(logits.argmax(-1), 8).sum(0).float())
+
+    optimizer = torch.optim.Adam([model.planner.to_plan.weight, codebook.codes], lr=6e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        logits = model.planner.recent_logits()
+        assert logits is not None
+        codebook_penalty(logits).backward()
+        optimizer.step()
+    assert in_use() > 7.5
+    assert logits.softmax(-1).amax(-1).mean() > 0.5
 
 
 def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None:
