@@ -26,7 +26,6 @@ from hrm_esp.optim import (
 )
 from hrm_esp.progress import perplexity
 from hrm_esp.trainer import (
-    SINKHORN_TAU,
     Interrupted,
     Score,
     Trainer,
@@ -329,13 +328,12 @@ def test_the_penalty_wants_even_use_and_sure_choices() -> None:
 
 
 @given(st.integers(1, 3), st.integers(2, 9), st.integers(0, 99))
-def test_rows_are_dealt_out_evenly(groups: int, codes: int, seed: int) -> None:
-    logits = 3 * torch.randn(64, groups, codes, generator=torch.Generator().manual_seed(seed))
+def test_rows_that_all_like_one_code_are_dealt_out_evenly(groups: int, n: int, seed: int) -> None:
+    logits = 0.5 * torch.randn(64, groups, n, generator=torch.Generator().manual_seed(seed))
+    logits[..., 0] += 5
     shares = even_shares(logits)
     torch.testing.assert_close(shares.sum(-1), torch.ones(64, groups))
-    by_choice = (logits / SINKHORN_TAU).softmax(-1)
-    uneven, even = (x.sum(0).std(-1).max() for x in (by_choice, shares))
-    assert even <= uneven + 1e-3
+    torch.testing.assert_close(shares.mean(0), torch.full((groups, n), 1 / n), rtol=0.05, atol=0)
 
 
 def test_a_plan_that_all_texts_share_is_told_apart_by_all_codes() -> None:
