@@ -238,10 +238,11 @@ class PretrainConfig(TrainConfig):
         choices=("line", "blank"),
     )
     planner_view: str = option(
-        "same",
+        "either",
         "data",
-        "the Planner reads the window being written, or the one before it",
-        choices=("same", "previous"),
+        "the Planner reads the window being written (same), the one before it, or either in turn, "
+        "so that the Executor does not come to rely on a plan of what is not yet written",
+        choices=("same", "previous", "either"),
     )
     grow: bool = option(True, "training", "full windows and batches from the start")
     denoise: float = option(

@@ -330,11 +330,12 @@ class LMDataset(Sequence[Batch]):
         ``pieces`` rows of equal length."""
         length = self.max_len // pieces
         starts = (starts[:, None] + np.arange(pieces) * length).ravel()
-        reach = length if self.planner_view == "previous" else 1
-        places = np.arange(-reach, length)
-        ring = self.stream[(starts[:, None] + places) % len(self.stream)]
-        y_in, y_out = as_inputs(ring[:, reach - 1 : -1]), as_targets(ring[:, reach:])
-        read = as_inputs(ring[:, :reach] if self.planner_view == "previous" else ring[:, reach:])
+        ring = self.stream[(starts[:, None] + np.arange(-length, length)) % len(self.stream)]
+        y_in, y_out = as_inputs(ring[:, length - 1 : -1]), as_targets(ring[:, length:])
+        # In turn along the stream, whatever the shard; the offset is another in each epoch.
+        turn = {"same": True, "previous": False, "either": starts // length % 2 == 0}
+        own = np.broadcast_to(turn[self.planner_view], len(starts))[:, None]
+        read = as_inputs(np.where(own, ring[:, length:], ring[:, :length]))
         prompt_ids = np.concatenate((np.full((len(starts), 1), BOS), read), axis=1)
         earlier = np.arange(-1 - self.recent_len, -1)
         before = self.stream[(starts[:, None] + earlier) % len(self.stream)]
@@ -413,7 +414,8 @@ def dataset_lm(
 
     Args:
         paths: files or folders; ``.gz`` is unpacked.
-        planner_view: what the Planner reads, the ``same`` window or the ``previous`` one.
+        planner_view: what the Planner reads, the ``same`` window, the ``previous`` one, or
+            ``either`` in turn.
         token_file: see `load_stream`.
 
     Raises:

@@ -15,7 +15,8 @@ TEXT_OF_README = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TEXT_OF_README, re.M | re.S)
 # Setting up is what CI does; two machines are not here.
 COMMANDS = [code for kind, code in BLOCKS if kind == "bash" and "pip install" not in code]
-COMMANDS = [code for code in COMMANDS if "torchrun" not in code]
+COMMANDS = [re.sub(r" +#.*$", "", c, flags=re.M) for c in COMMANDS if "torchrun" not in c]
+COMMANDS = list(dict.fromkeys(COMMANDS))  # most stand there in Spanish, too
 PYTHON = "\n".join(code for kind, code in BLOCKS if kind == "python")
 
 
@@ -45,9 +46,7 @@ def shortened(code: str) -> str:
     code = re.sub(r"--minutes \S+", "", code)
     code = code.replace("hrm-esp pretrain", f"hrm-esp pretrain --steps 2 {' '.join(SMALL)}")
     code = code.replace("hrm-esp finetune", "hrm-esp finetune --steps 2")
-    code = re.sub(
-        r"(hrm-esp (?:pretrain|finetune) .*?)( *#.*)?$", r"\1 --overwrite", code, flags=re.M
-    )
+    code = re.sub(r"(hrm-esp (?:pretrain|finetune) .*)$", r"\1 --overwrite", code, flags=re.M)
     code = code.replace("hrm-esp generate", "hrm-esp generate --max_new_tokens 9")
     return code.replace("hrm_esp/samples/cuentos.txt", "corpus.txt").replace(
         "hrm_esp/samples/numeros.held_out.tsv", "held_out.tsv"
