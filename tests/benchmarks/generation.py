@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from peers import llama
+from transformers import LlamaForCausalLM
 
 from hrm_esp import HRMModel, generate_batch, load_model
-from hrm_esp.config import HRMConfig
 from hrm_esp.decoding import decode
 from hrm_esp.generation import Settings, new_decoder
-from hrm_esp.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
+from hrm_esp.tokenizer import BOS, EOS, PAD
 
 PROMPT = "En un lugar"
 
@@ -46,24 +46,6 @@ def plain(model: HRMModel, n_texts: int, n_bytes: int, seed: int) -> int:
     )  # fmt: skip
     decoder = new_decoder(model, model.executor, [PROMPT] * n_texts, settings)
     return sum(1 for _ in decode(decoder, settings.how, list(map(settings.random, range(n_texts)))))
-
-
-def llama(config: HRMConfig) -> LlamaForCausalLM:
-    """As many layers as Planner and Executor together: as many weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=config.d_model,
-            intermediate_size=config.ff_mult * config.d_model,
-            num_hidden_layers=config.n_layers_enc + config.n_layers_dec,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_heads,
-            max_position_embeddings=4096,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-        )
-    ).eval()
 
 
 def hugging_face(peer: LlamaForCausalLM, n_texts: int, n_bytes: int, seed: int) -> int:
@@ -117,7 +99,10 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for path, n_texts in itertools.product(args.checkpoints, (1, 16)):
         model = load_model(path)
-        peer = llama(model.config)
+        peer = llama(
+            model.config, max_position_embeddings=4096,
+            bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+        ).eval()  # fmt: skip
         writers: dict[str, Writer] = {
             "fast": lambda *a, m=model: fast(m, *a),
             "plain": lambda *a, m=model: plain(m, *a),

@@ -44,6 +44,20 @@ def ours(args: argparse.Namespace, minutes: float, seed: int) -> Row:
     return "HRM-ESP", minutes, result.bytes_seen, result.score.bits_per_byte
 
 
+def llama(config: HRMConfig, **changes: object) -> LlamaForCausalLM:
+    """As many layers as Planner and Executor together: as many weights in its matrices."""
+    keywords = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.ff_mult * config.d_model,
+        "num_hidden_layers": config.n_layers_enc + config.n_layers_dec,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
+        "max_position_embeddings": config.max_len,
+    }
+    return LlamaForCausalLM(LlamaConfig(**keywords | changes))
+
+
 class Peer:
     """The Llama, its training and its scoring."""
 
@@ -53,17 +67,7 @@ class Peer:
         self.max_len, self.lr = config.max_len, lr
         self.device = choose_device()
         self.dtype = choose_precision(self.device, "auto")
-        llama = LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=config.d_model,
-            intermediate_size=config.ff_mult * config.d_model,
-            num_hidden_layers=config.n_layers_enc + config.n_layers_dec,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_heads,
-            max_position_embeddings=config.max_len,
-            use_cache=False,
-        )
-        self.model = LlamaForCausalLM(llama).to(self.device)
+        self.model = llama(config, use_cache=False).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
@@ -117,9 +121,9 @@ def forever(data: LMDataset, batch_size: int) -> Iterator[Batch]:
 
 
 def peer(args: argparse.Namespace, minutes: float, lr: float, seed: int) -> Row:
-    llama = Peer(args.size, lr, seed)
-    seen = llama.train(load_stream([args.corpus]), minutes)
-    return f"Llama, lr {lr:g}", minutes, seen, llama.score(load_stream([args.held_out]))
+    other = Peer(args.size, lr, seed)
+    seen = other.train(load_stream([args.corpus]), minutes)
+    return f"Llama, lr {lr:g}", minutes, seen, other.score(load_stream([args.held_out]))
 
 
 def compressors(corpus: bytes, held_out: bytes) -> Iterator[Row]:
