@@ -14,6 +14,7 @@ CHUNK = 2**24  # bytes looked at together: a corpus may be larger than memory
 SAMPLE = 2**22  # bytes, from all of it, whose words and lines are looked at
 LENGTHS = 4096  # the longest line whose length is counted by itself
 SPANISH = re.compile(rb"\b(?:de|la|que|el|en|y|los|se)\b", re.IGNORECASE)
+GUTENBERG = re.compile(rb"\*\*\* ?(?:START|END) OF TH", re.IGNORECASE)
 FEW_WORDS = 12  # of those in 1,000 bytes: Spanish prose has about 40, English 2
 LITTLE = 20  # weights for each byte: with more, the text is learned by heart
 
@@ -21,7 +22,8 @@ LITTLE = 20  # weights for each byte: with more, the text is learned by heart
 @dataclass(frozen=True)
 class CorpusStats:
     """What a corpus is made of; lengths are in bytes, ``repeated`` is the share of a sample that
-    stood in lines that had come before, ``spanish`` common words in 1,000 bytes."""
+    stood in lines that had come before, ``spanish`` common words in 1,000 bytes, ``licence``
+    whether Project Gutenberg's is there, too."""
 
     documents: int
     bytes: int
@@ -30,6 +32,7 @@ class CorpusStats:
     hard_wrapped: bool
     repeated: float
     spanish: float
+    licence: bool
 
     def __str__(self) -> str:
         return (
@@ -45,6 +48,11 @@ class CorpusStats:
             yield f"{self.repeated:.0%} of it are lines that came before: leave the copies out"
         if self.spanish < FEW_WORDS:
             yield "it does not look like Spanish: is --encoding right?"
+        if self.licence:
+            yield (
+                "Project Gutenberg's licence is part of it, in English: leave out what stands "
+                "before *** START and after *** END"
+            )
         if self.bytes * LITTLE < n_parameters:
             yield (
                 f"little text for {n_parameters:,} weights, which may learn it by heart: "
@@ -76,6 +84,7 @@ def look_at(stream: Stream) -> CorpusStats:
         hard_wrapped=bool(documents > 100 and 50 <= wide <= 100 and near > 0.5),
         repeated=repeated(sample),
         spanish=1000 * len(SPANISH.findall(sample)) / max(1, len(sample)),
+        licence=GUTENBERG.search(sample) is not None,
     )
 
 

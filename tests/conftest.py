@@ -14,10 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker on each core
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from hrm_esp.config import HRMConfig
 from hrm_esp.model import HRMModel
 from hrm_esp.tokenizer import BOS
+
+settings.register_profile("any machine", deadline=None)  # a busy one is no failure
+settings.load_profile("any machine")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--d_model", "32", "--n_heads", "2", "--n_layers_enc", "1", "--n_layers_dec", "2",

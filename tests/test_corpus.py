@@ -39,6 +39,7 @@ def test_warnings_name_the_flag_that_helps() -> None:
     assert "--sep" in warned(BOOK.replace("\n\n", "\n"))
     assert "copies" in warned(TEXT + "\n" + TEXT)
     assert "--encoding" in warned("The quick brown fox jumps over the lazy dog.\n" * 9)
+    assert "licence" in warned(f"*** START OF THE PROJECT GUTENBERG EBOOK X ***\n{TEXT}")
     assert "--size" in warned(TEXT, 10**6)
 
 

@@ -95,7 +95,7 @@ def ask(
     return probability[0], logits[0], targets[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXTS, TEXTS, BEGINS)
 def test_the_table_is_what_counting_gives(text: str, here: str, begin: int) -> None:
     counted, other = text.encode(), here.encode()
@@ -108,7 +108,7 @@ def test_the_table_is_what_counting_gives(text: str, here: str, begin: int) -> N
     torch.testing.assert_close(logits.gather(1, targets[:, None])[:, 0], found.log())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXTS, TEXTS, st.integers(1, 19))
 def test_what_was_read_can_be_taken_back(text: str, here: str, n: int) -> None:
     ids = as_inputs(np.frombuffer(here.encode(), dtype=np.uint8)).tolist()
@@ -127,7 +127,7 @@ def test_what_was_read_can_be_taken_back(text: str, here: str, n: int) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXTS, TEXTS, st.integers(0, 9))
 def test_orders_weigh_as_in_the_mixture(text: str, here: str, seed: int) -> None:
     """What is drafted by is what the mixture adds to the network's own probabilities."""
@@ -144,7 +144,7 @@ def test_orders_weigh_as_in_the_mixture(text: str, here: str, seed: int) -> None
     np.testing.assert_allclose(mixed, counts.SURE * expected + rest / 260, rtol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXTS, TEXTS, TEXTS, BEGINS)
 def test_what_is_left_out_is_as_if_never_met(text: str, here: str, more: str, begin: int) -> None:
     window = here.encode()
@@ -181,7 +181,7 @@ def test_of_a_large_text_pieces_from_all_of_it_are_counted(monkeypatch: pytest.M
         assert torch.equal(found, left_out) != is_part
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXTS, TEXTS)
 def test_only_what_is_part_of_the_text_is_left_out(text: str, here: str) -> None:
     """A row of pairs may begin and end where no line of the text does."""

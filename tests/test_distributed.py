@@ -54,7 +54,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 3), st.sampled_from([0.0, 0.9]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_shards_of_a_batch_are_the_batch(n: int, size: int, epoch: int, denoise: float) -> None:
     """Each row is in one of them."""
     for data in (WORDS, LMDataset(STREAM, 32, denoise=denoise)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONFIG, PAIRS, TEXT, random_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp import optim, progress, trainer
@@ -327,7 +327,6 @@ def test_the_penalty_wants_even_use_and_sure_choices() -> None:
     assert codebook_penalty(both) == pytest.approx(math.log(4) / 2, abs=1e-4)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(2, 9), st.integers(0, 99))
 def test_rows_that_all_like_one_code_are_dealt_out_evenly(groups: int, n: int, seed: int) -> None:
     logits = 0.5 * torch.randn(64, groups, n, generator=torch.Generator().manual_seed(seed))
