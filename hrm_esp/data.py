@@ -68,10 +68,9 @@ class TextStats:
         if share > 0.2:
             raise HRMError(f"{name} is not text in {encoding}: give --encoding, or another file")
         if self.undecodable:
-            said = f"{name}: {self.undecodable:,} bytes ({share:.2%}) are not {encoding} and "
-            said += "were left out"
-            trace = share <= TRACE
-            say(said if trace else f"warning: {said}; is it --encoding latin-1?")
+            said = f"{name}: bytes that are not {encoding}, left out: {self.undecodable:,} "
+            said += f"({share:.2%})"
+            say(said if share <= TRACE else f"warning: {said}; is it --encoding latin-1?")
 
 
 def to_bytes(text: str) -> bytes:

@@ -118,19 +118,21 @@ def first_process_first() -> Iterator[None]:
         wait_for_all()
 
 
-def parallel(module: nn.Module, some_unused: bool, from_first: tuple[str, ...] = ()) -> nn.Module:
+def parallel(
+    module: nn.Module, some_unused: bool, synced_buffers: tuple[str, ...] = ()
+) -> nn.Module:
     """The module, its gradients averaged over all processes as they are computed.
 
     Args:
         some_unused: there are steps that leave some parameters without gradients.
-        from_first: how the names of the buffers end that all take from the first process before
-            each step.
+        synced_buffers: how the names of those end that all take from the first process before each
+            step.
     """
     if world_size() == 1:
         return module
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of the codes
     # Each process makes most buffers itself: the table of counts is large, and mapped from a file.
-    buffers = [name for name, _ in module.named_buffers() if not name.endswith(from_first)]
+    buffers = [name for name, _ in module.named_buffers() if not name.endswith(synced_buffers)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
     with noticing_lost_peers():
         return DistributedDataParallel(module, find_unused_parameters=some_unused)

@@ -75,7 +75,7 @@ class TokenEmbedding(nn.Embedding):
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-RECENT = 256  # rows by which new ones are standardized, and whose codes are to be used evenly
+N_POOLED = 1024  # rows by which new ones are standardized
 
 
 class Codebook(nn.Module):
@@ -83,13 +83,18 @@ class Codebook(nn.Module):
 
     Logits are cosines times a learned scale. In training they are sampled: softly, or hard with
     straight-through gradients. In evaluation there is no noise: the same prompt, the same plan.
+
+    What the Planner pools is standardized before it is projected, by the rows last met in training:
+    what all texts have in common is many times longer than what tells them apart, and would leave
+    all cosines nearly alike. As in a batch norm, training takes them in; evaluation does not.
     """
 
-    recent: Tensor  # (RECENT, D), the pooled states last met in training, zeros at first
+    last_pooled: Tensor  # (N_POOLED, D), zeros at first
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
-        self.register_buffer("recent", torch.zeros(RECENT, config.d_model))
+        self.met: list[Tensor] = []  # in the step under way, (B, D) each
+        self.register_buffer("last_pooled", torch.zeros(N_POOLED, config.d_model))
         self.groups, self.n_codes = config.n_plan_groups, config.n_plan_codes
         self.hard, self.tau = config.gumbel_hard, config.gumbel_tau
         self.codes = nn.Parameter(
@@ -108,17 +113,18 @@ class Codebook(nn.Module):
         return torch.einsum("bgp,gkp->bgk", parts, F.normalize(self.codes.float(), dim=-1))
 
     def standardized(self, pooled: Tensor) -> Tensor:
-        """(B, D) -> the same, less the recent mean, over the recent deviation: what all texts have
-        in common is many times longer than what tells them apart, and would leave all cosines
-        nearly alike."""
-        var, mean = torch.var_mean(self.recent, 0, correction=0)
-        return ((pooled.float() - mean) * (var + 1e-6).rsqrt()).to(pooled.dtype)
+        """(B, D) -> the same, less the mean of the rows last met, over their deviation."""
+        var, mean = torch.var_mean(self.last_pooled, 0, correction=0)
+        return ((pooled.float() - mean) * (var + 1e-4).rsqrt()).to(pooled.dtype)
 
-    @torch.no_grad()
-    def remember(self, pooled: Tensor) -> None:
-        """(B, D): takes them in, and forgets the oldest."""
-        rows = pooled[pooled.isfinite().all(1)].float()
-        self.recent.copy_(torch.cat((self.recent, rows))[-RECENT:])
+    def remember(self) -> None:
+        """Takes in the rows met in a step, once it is done, and forgets the oldest."""
+        rows = torch.cat(self.met)
+        rows = rows[rows.isfinite().all(1)]
+        if len(rows) and not self.last_pooled.any():
+            rows = rows.repeat(-(-N_POOLED // len(rows)), 1)
+        self.last_pooled.copy_(torch.cat((self.last_pooled, rows))[-N_POOLED:])
+        self.met = []
 
     def weigh(self, logits: Tensor) -> Tensor:
         """Logits (B, G, K) -> the weight of each code, (B, G, K), each row summing to one."""
@@ -170,17 +176,18 @@ class Planner(nn.Module):
             pooled = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
         if self.codebook is None:
             return self.to_plan(pooled), None
-        plan = self.codebook(self.to_plan(self.codebook.standardized(pooled)))
         if self.training:
-            self.codebook.remember(pooled)
-        return plan
+            self.codebook.met.append(pooled.detach().float())
+        return self.codebook(self.to_plan(self.codebook.standardized(pooled)))
 
-    def recent_logits(self) -> Tensor | None:
-        """With a codebook, its logits for the rows last met in training, (RECENT, G, K). The scale
-        takes no gradient: to be surest of all choices, it would grow for ever."""
+    def last_logits(self) -> Tensor | None:
+        """With a codebook, its logits for the rows last met in training, several for each code,
+        (N, G, K). The scale takes no gradient: to be surest of all choices, it would grow for ever.
+        """
         if self.codebook is None:
             return None
-        plan = self.to_plan(self.codebook.standardized(self.codebook.recent))
+        rows = self.codebook.last_pooled[-max(256, 8 * self.codebook.n_codes) :]
+        plan = self.to_plan(self.codebook.standardized(rows))
         return self.codebook.log_scale.exp().detach() * self.codebook.cosines(plan)
 
 

@@ -132,8 +132,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 def even_shares(code_logits: Tensor) -> Tensor:
-    """Each row dealt out to the codes it likes, so that all codes get alike much: (B, G, K), each
-    row summing to one (Sinkhorn's algorithm, as in Caron et al. 2020, SwAV, section 3.1)."""
+    """Each row dealt out to the codes it likes, so that all codes get about alike much: (B, G, K),
+    each row summing to one (Sinkhorn's algorithm, as in Caron et al. 2020, SwAV, section 3.1)."""
     share = code_logits.float() / SINKHORN_TAU
     for _ in range(3):
         share = share - share.logsumexp(0)
@@ -147,7 +147,7 @@ def codebook_penalty(code_logits: Tensor) -> Tensor:
     code that nobody chooses has a gradient.
 
     Args:
-        code_logits: (B, G, K).
+        code_logits: (B, G, K), with B several times K: each code is to have rows.
     """
     shares = even_shares(code_logits.detach())
     return -(shares * code_logits.float().log_softmax(-1)).sum(-1).mean()
@@ -166,9 +166,9 @@ class Loss(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What `HRMModel.nats` returns, and the logits of `Planner.recent_logits`."""
+        """What `HRMModel.nats` returns, and the logits of `Planner.last_logits`."""
         nats = self.model.nats(*batch, leave_out=True)
-        return *nats, self.model.planner.recent_logits()
+        return *nats, self.model.planner.last_logits()
 
 
 @contextmanager
@@ -251,7 +251,7 @@ class Trainer:
                 block.compile()
         require_the_same("data, options or saved state", (self.settings, asdict(self.state)))
         # Text leaves the Planner's blocks without gradients, pairs do not.
-        self.loss = parallel(Loss(model), stage == "pretrain", from_first=("codebook.recent",))
+        self.loss = parallel(Loss(model), stage == "pretrain", synced_buffers=("last_pooled",))
 
     def path(self, name: str) -> Path:
         return self.folder / f"{self.stage}_{name}.pt"
@@ -446,17 +446,17 @@ class Trainer:
             averaging = nullcontext() if is_last else without_averaging(self.loss)
             with noticing_lost_peers(), averaging:
                 with autocast(self.device, self.dtype):
-                    mixed, alone, codes, recent = self.loss(batch)
+                    mixed, alone, codes, last = self.loss(batch)
                 if self.stage == "finetune" or batch.reads_memory is None:
                     nats, shown = nats + mixed.sum().item(), shown + size
                 # Alone, too, the network is to foretell all: else it learns the counts' leavings.
                 loss = (mixed + alone).sum() / n_tokens
-                if codes is not None and recent is not None:
+                if codes is not None and last is not None:
                     codes = codes.unflatten(-1, (self.model.config.n_plan_groups, -1))
                     chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()
                     usage = chosen if usage is None else usage + chosen
                     share = self.options.codebook_penalty * len(batch.y_out) / n_rows
-                    loss = loss + share * codebook_penalty(recent)
+                    loss = loss + share * codebook_penalty(last)
                 # Gradients are averaged over the processes, and are to be summed.
                 self.scaler.scale(loss * world_size()).backward()
         nats, shown = summed(nats, shown)
@@ -478,6 +478,8 @@ class Trainer:
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if self.model.planner.codebook is not None:
+            self.model.planner.codebook.remember()
         return Step(int(n_tokens), nats, int(shown), norm, lr, usage)
 
     def clip_gradient(self) -> float:

@@ -16,7 +16,7 @@ from hrm_esp import optim, progress, trainer
 from hrm_esp.checkpoint import Checkpoint, load_checkpoint, load_model
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
-from hrm_esp.errors import HRMError
+from hrm_esp.errors import HRMError, PeerLost
 from hrm_esp.evaluation import PairScore, evaluate
 from hrm_esp.model import HRMModel
 from hrm_esp.optim import (
@@ -344,22 +344,42 @@ def test_a_plan_that_all_texts_share_is_told_apart_by_all_codes() -> None:
     assert codebook is not None
     d = CONFIG.d_model
     pooled = torch.randn(256, 4, generator=chance) @ torch.randn(4, d, generator=chance)
-    codebook.remember(100 + pooled)
+    codebook.met.append(100 + pooled)
+    codebook.remember()
 
     def in_use() -> float:
-        logits = model.planner.recent_logits()
+        logits = model.planner.last_logits()
         assert logits is not None
         return perplexity(F.one_hot(logits.argmax(-1), 8).sum(0).float())
 
     optimizer = torch.optim.Adam([model.planner.to_plan.weight, codebook.codes], lr=6e-3)
     for _ in range(100):
         optimizer.zero_grad()
-        logits = model.planner.recent_logits()
+        logits = model.planner.last_logits()
         assert logits is not None
         codebook_penalty(logits).backward()
         optimizer.step()
     assert in_use() > 7.5
     assert logits.softmax(-1).amax(-1).mean() > 0.5
+
+
+@pytest.mark.parametrize("gumbel", [True, False])
+def test_a_step_that_a_lost_process_cut_short_leaves_nothing_behind(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gumbel: bool
+) -> None:
+    config, clip, calls = replace(CONFIG, gumbel=gumbel), Trainer.clip_gradient, iter(range(99))
+
+    def lost_once(self: Trainer) -> float:
+        if next(calls) == 3:
+            raise PeerLost
+        return clip(self)
+
+    whole = train_lm(corpus, config, options(tmp_path / "a"))
+    with monkeypatch.context() as patch, pytest.raises(PeerLost):
+        patch.setattr(Trainer, "clip_gradient", lost_once)
+        train_lm(corpus, config, options(tmp_path / "b"))
+    part = train_lm(corpus, config, options(tmp_path / "b", resume=True))
+    assert same(weights(whole.last), weights(part.last))
 
 
 def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None:

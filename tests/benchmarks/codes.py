@@ -22,9 +22,17 @@ from hrm_esp.progress import perplexity
 from hrm_esp.tokenizer import BOS
 
 
+def checked(path: str, model: HRMModel) -> HRMModel:
+    """Refuses a model without a codebook, or with several."""
+    if model.planner.codebook is None or model.config.n_plan_groups > 1:
+        raise SystemExit(f"{path} does not have one codebook")
+    return model
+
+
 def codes_of_windows(model: HRMModel, path: str, n: int) -> np.ndarray:
     """The code of each of n windows from all of a text, (n,)."""
-    stream, size = load_stream([path]), model.config.max_len
+    stream = load_stream([path])
+    size = min(model.config.max_len, len(stream))
     starts = np.linspace(0, len(stream) - size, n).astype(int)
     ids = torch.tensor(np.stack([[BOS, *as_inputs(stream[i : i + size])] for i in starts]))
     with torch.inference_mode():
@@ -36,7 +44,7 @@ def codes_of_lines(model: HRMModel, path: str, n: int) -> np.ndarray:
     """The code of each of at most n lines from all of a text, (n,)."""
     lines = list(load_corpus_lines(path))
     choices = plans_of(model, lines[:: -(-len(lines) // n)]).choices
-    assert choices is not None, "this model has no codebook"
+    assert choices is not None
     return choices[:, 0].argmax(-1)
 
 
@@ -78,12 +86,14 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=200, help="of each text")
     parser.add_argument("--permutations", type=int, default=999)
     args = parser.parse_args()
-    model = load_model(args.checkpoint)
+    model = checked(args.checkpoint, load_model(args.checkpoint))
     n_codes = model.config.n_plan_codes
     print("| pieces of the text | codes used (perplexity) |\n| --- | --- |")
+    used = {}
     for name, find in (("windows", codes_of_windows), ("lines", codes_of_lines)):
-        counts = np.bincount(find(model, args.text, args.pieces), minlength=n_codes)
-        print(f"| {counts.sum():,} {name} | {perplexity(torch.tensor(counts[None])):.1f} |")
+        used[name] = np.bincount(find(model, args.text, args.pieces), minlength=n_codes)
+        n = used[name].sum()
+        print(f"| {n:,} {name} | {perplexity(torch.tensor(used[name][None])):.1f} |", flush=True)
     written = {
         int(code): [
             text.text
@@ -92,7 +102,7 @@ def main() -> None:
                 seed=int(code), max_new_tokens=args.bytes, min_new_tokens=args.bytes,
             )
         ]
-        for code in np.argsort(-counts)[: args.codes]
+        for code in np.argsort(-used["windows"])[: args.codes]
     }  # fmt: skip
     print("\n| codes | p |\n| --- | --- |")
     for a, b in itertools.combinations(written, 2):

@@ -49,15 +49,18 @@ def bare(trainer: Trainer) -> Iterator[None]:
     for step, (_, batch) in enumerate(trainer.data.batches(size, 0, 0)):
         set_learning_rate(trainer.optimizers, learning_rate(options, step, 0.0))
         with autocast(trainer.device, trainer.dtype):
-            mixed, alone, codes = model.nats(*batch, leave_out=True)
-        loss = (mixed + alone).sum() / batch.n_tokens
-        if codes is not None:
-            loss = loss + options.codebook_penalty * codebook_penalty(codes[:, None])
+            mixed, alone, _ = model.nats(*batch, leave_out=True)
+            last = model.planner.last_logits()
+            loss = (mixed + alone).sum() / batch.n_tokens
+            if last is not None:
+                loss = loss + options.codebook_penalty * codebook_penalty(last)
         loss.backward()
         nn.utils.clip_grad_norm_(trainer.parameters.dense, options.grad_clip)
         for optimizer in trainer.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if model.planner.codebook is not None:
+            model.planner.codebook.remember()
         yield
 
 
