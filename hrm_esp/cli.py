@@ -163,9 +163,17 @@ def build_parser() -> argparse.ArgumentParser:
         "corpus", nargs="*", help="text files or folders, .gz too (default: the bundled stories)"
     )
     groups = {name: pretrain.add_argument_group(name) for name in GROUPS}
-    groups["data"].add_argument("--val", metavar="FILE", help="text to score on, never trained on")
+    groups["data"].add_argument(
+        "--val",
+        metavar="FILE",
+        help="text to score on, never trained on (default: the end of the corpus)",
+    )
     groups["model"].add_argument(
-        "--size", choices=SIZES, default="small", help="preset of the flags below (default: small)"
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="tiny, small or base: 1.4, 7.6 or 51 million weights; presets some of the flags below "
+        "(default: small)",
     )
     add_fields(groups, HRMConfig)
     add_fields(groups, PretrainConfig)
@@ -176,7 +184,11 @@ def build_parser() -> argparse.ArgumentParser:
         "tsv", nargs="?", help="rows of prompt TAB target (default: the bundled numbers)"
     )
     groups = {name: finetune.add_argument_group(name) for name in GROUPS}
-    groups["data"].add_argument("--val", metavar="FILE", help="TSV to score on, not trained on")
+    groups["data"].add_argument(
+        "--val",
+        metavar="FILE",
+        help="TSV to score on, never trained on (default: some of the rows)",
+    )
     groups["model"].add_argument(
         "--ckpt",
         metavar="FILE",
@@ -194,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = groups["what"].add_argument
     add("--prompt", help="what to continue or to answer (default: nothing)")
     add("--prompts", metavar="FILE", help="a prompt on each line; - is standard input")
-    add("--encoding", default="utf-8", help="of that file (default: utf-8)")
+    add("--encoding", default="utf-8", help="of the file of --prompts (default: utf-8)")
     add("--num_samples", type=int, default=1, metavar="N", help="texts for each (default: 1)")
     add(
         "--json",
@@ -212,7 +224,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plan_from", metavar="TEXT", help="guided by this text's plan instead of the prompt's")
     add(
         "--plan_code", type=codes, metavar="K",
-        help="guided by this code of the codebook (of several: K,K,...); see hrm-esp plans",
+        help="guided by this code of the codebook, from 0 on (of several: K,K,...); "
+        "see hrm-esp plans",
     )  # fmt: skip
     add("--max_new_tokens", type=int, metavar="N", help="bytes to write at most (default: 512)")
     add(
@@ -220,7 +233,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="bytes to write at least, unless a stop comes (default: 0)",
     )  # fmt: skip
     add(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before it; may be repeated (default: none)",
     )
     add("--temperature", type=float, metavar="T", help="0 is greedy (default: 0.8; to answer, 0)")
     add("--top_k", type=int, default=0, metavar="K", help="of the K likeliest bytes (default: all)")
@@ -330,6 +347,8 @@ def add_fields(groups: dict[str, Any], config: type) -> None:
             continue
         kind = meta.get("type") or types[type(f.default).__name__]
         text = meta["help"] if f.default is None else f"{meta['help']} (default: {f.default})"
+        if f.name in SIZES["small"]:
+            text = f"{meta['help']} (default: that of --size; small: {f.default})"
         keywords: dict[str, Any] = {"type": kind, "help": text, "default": argparse.SUPPRESS}
         keywords |= (
             {"choices": meta["choices"]}

@@ -89,7 +89,7 @@ class HRMConfig:
     )
     ngram_bits: int = option(14, "model", "2^N rows for each order", low=1, below=25)
     ngram_dropout: float = option(
-        0.5, "model", "share of the n-gram vectors dropped in training", low=0, below=1
+        0.5, "model", "share of the n-gram vectors dropped in training, 0 to 1", low=0, below=1
     )
     count_max: int = option(
         16,
@@ -105,7 +105,7 @@ class HRMConfig:
         low=0,
     )
     dropout: float = option(
-        0.0, "model", "share of activations dropped in training", low=0, below=1
+        0.0, "model", "share of activations dropped in training, 0 to 1", low=0, below=1
     )
     # Not a flag of its own: PretrainConfig.denoise and FinetuneConfig.context decide it.
     memory: bool = field(default=False, metadata={"hidden": True})
@@ -150,12 +150,18 @@ class TrainConfig:
         HRMError: a value out of its range, or two lengths for one run.
     """
 
-    epochs: int | None = option(None, "run", "train for N passes over the data", low=1, type=int)
-    steps: int | None = option(None, "run", "train for N optimizer steps", low=1, type=int)
-    minutes: float | None = option(
-        None, "run", "train for N minutes (default: 10)", above=0, type=float
+    epochs: int | None = option(
+        None, "run", "train for N passes over the data, instead of --minutes", low=1, type=int
     )
-    batch_size: int = option(8, "training", "tokens a step and process, in units of max_len", low=1)
+    steps: int | None = option(
+        None, "run", "train for N optimizer steps, instead of --minutes", low=1, type=int
+    )
+    minutes: float | None = option(
+        None, "run", "train for N minutes, such as 0.5 (default: 10)", above=0, type=float
+    )
+    batch_size: int = option(
+        8, "training", "windows of max_len bytes a step, in each process", low=1
+    )
     grad_accum: int = option(1, "training", "batches whose gradients make one step", low=1)
     lr: float = option(6e-3, "training", "peak learning rate", above=0)
     optimizer: str = option(
@@ -169,12 +175,13 @@ class TrainConfig:
     )
     warmup: int = option(10, "training", "steps in which the learning rate rises", low=0)
     decay: float = option(
-        0.4, "training", "last share of the run, in which it falls to zero", low=0, high=1
+        0.4, "training", "last share of the run, 0 to 1, in which it falls to zero", low=0, high=1
     )
     patience: int = option(
         2,
         "training",
-        "scorings worse than the best, after which the run ends early; 0 is never",
+        "scorings worse than the best, of some 8 in a run, after which the learning rate begins "
+        "to fall and the run ends early; 0 is never",
         low=0,
     )
     grad_clip: float = option(
@@ -195,8 +202,8 @@ class TrainConfig:
     val_fraction: float | None = option(
         None,
         "data",
-        "share of the data held out and never trained on (default: 0.05; of fewer than 1,000 pairs "
-        "50, or a fifth if that is less)",
+        "share of the data, 0 to 1, held out and never trained on (default: 0.05; of fewer than "
+        "1,000 pairs 50, or a fifth if that is less)",
         low=0,
         below=1,
         type=float,
@@ -259,12 +266,14 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """How to finetune."""
 
-    batch_size: int = option(2, "training", "tokens a step and process, in units of max_len", low=1)
+    batch_size: int = option(
+        2, "training", "pairs a step, in each process, as bytes in units of max_len", low=1
+    )
     dropout: float = option(
-        0.2, "model", "share of activations dropped in training", low=0, below=1
+        0.2, "model", "share of activations dropped in training, 0 to 1", low=0, below=1
     )
     ngram_dropout: float = option(
-        0.5, "model", "share of the n-gram vectors dropped in training", low=0, below=1
+        0.5, "model", "share of the n-gram vectors dropped in training, 0 to 1", low=0, below=1
     )
     context: str = option(
         "memory",
