@@ -267,7 +267,7 @@ class FinetuneConfig(TrainConfig):
     """How to finetune."""
 
     batch_size: int = option(
-        2, "training", "pairs a step, in each process, as bytes in units of max_len", low=1
+        2, "training", "pairs a step, in each process, in units of max_len bytes", low=1
     )
     dropout: float = option(
         0.2, "model", "share of activations dropped in training, 0 to 1", low=0, below=1
