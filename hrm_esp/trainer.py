@@ -516,7 +516,10 @@ class Trainer:
         if self.options.sample_prompt is not None:
             self.show_sample(self.options.sample_prompt)
         best = (state.best_errors or 0.0, state.best_bpb or math.inf)
-        if (score.errors or 0.0, score.bpb) < best or state.best_bpb is None:
+        # At the end the learning rate has fallen, which few rows may be too few to show.
+        is_last = self.progress() >= 1 and score.errors is not None
+        as_good = is_last and not has_more_errors(score, state.best_errors)
+        if (score.errors or 0.0, score.bpb) < best or state.best_bpb is None or as_good:
             state.best_errors, state.best_bpb, state.worse = score.errors, score.bpb, 0
             self.save("best")
         elif is_worse(score, state.best_errors, state.best_bpb):
@@ -571,10 +574,15 @@ class Trainer:
 def is_worse(score: Score, best_errors: float | None, best_bpb: float) -> bool:
     """Whether a score is worse than the best by more than chance: in bits, and where there are
     answers by a standard error of their share, too, for that often rises while bits do."""
-    if score.errors is None or best_errors is None:
-        return score.bpb > best_bpb + WORSE
-    noise = math.sqrt(best_errors * (1 - best_errors) / score.rows)
-    return score.bpb > best_bpb + WORSE and score.errors > best_errors + noise
+    in_errors = score.errors is None or has_more_errors(score, best_errors)
+    return score.bpb > best_bpb + WORSE and in_errors
+
+
+def has_more_errors(score: Score, best: float | None) -> bool:
+    """Whether a share of wrong answers is more than a standard error above the best."""
+    if score.errors is None or best is None:
+        return False
+    return score.errors > best + math.sqrt(best * (1 - best) / score.rows)
 
 
 def uncompiled(options: TrainConfig) -> AbstractContextManager[None]:
