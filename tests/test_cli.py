@@ -455,10 +455,12 @@ def test_ctrl_c_leaves_what_was_written(trained: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "hrm_esp", "generate", "--ckpt", "checkpoints/pretrain_best.pt",
          "--prompt", "La niña", "--min_new_tokens", "9999999"],
-        cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+        # Where the tests run in the background, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
-    begin = process.stdout.read(200)  # blocks until so much was written
+    begin = process.stdout.read(200)  # blocks until something was written
     process.send_signal(signal.SIGINT)
     rest, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and not stderr.strip()
