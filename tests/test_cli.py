@@ -460,7 +460,9 @@ def test_ctrl_c_leaves_what_was_written(trained: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
-    begin = process.stdout.read(200)  # blocks until something was written
+    begin = b""
+    while len(begin) < 200:
+        begin += process.stdout.read(200)  # blocks until something was written
     process.send_signal(signal.SIGINT)
     rest, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and not stderr.strip()
