@@ -73,7 +73,7 @@ def figure(out: str, rows: int, columns: int, size: tuple[float, float]) -> Iter
     try:
         import matplotlib
     except ImportError as error:
-        raise HRMError("plotting needs matplotlib: pip install 'hrm-esp[plot]'") from error
+        raise HRMError("plotting needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
