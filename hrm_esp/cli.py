@@ -346,9 +346,9 @@ def add_fields(groups: dict[str, Any], config: type) -> None:
             )
             continue
         kind = meta.get("type") or types[type(f.default).__name__]
-        text = meta["help"] if f.default is None else f"{meta['help']} (default: {f.default})"
-        if f.name in SIZES["small"]:
-            text = f"{meta['help']} (default: that of --size; small: {f.default})"
+        of_size = "that of --size; small: " if f.name in SIZES["small"] else ""
+        default = "" if f.default is None else f" (default: {of_size}{f.default})"
+        text = meta["help"] + default
         keywords: dict[str, Any] = {"type": kind, "help": text, "default": argparse.SUPPRESS}
         keywords |= (
             {"choices": meta["choices"]}
