@@ -283,3 +283,11 @@ class FinetuneConfig(TrainConfig):
         choices=("memory", "plan"),
     )
     gumbel: bool = option(True, "model", "drop the checkpoint's codebook: a continuous plan")
+    blocks: str = option(
+        "auto",
+        "training",
+        "whether the blocks' self attention and feed-forward keep what they learned in pretraining "
+        "or begin as in a new model; auto: new if the checkpoint foretells the answers worse than "
+        "text, as where they are no text, or in another form",
+        choices=("auto", "keep", "new"),
+    )

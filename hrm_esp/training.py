@@ -27,7 +27,7 @@ from .data import (
 from .device import choose_device, choose_precision
 from .distributed import first_process_first, process_group, say, world_size
 from .errors import HRMError
-from .evaluation import PairScore, TextScore, score_pairs, score_stream
+from .evaluation import PairScore, TextScore, pair_bits, ratio, score_pairs, score_stream
 from .model import HRMModel
 from .progress import scoring_bar
 from .trainer import Score, Trainer, TrainResult
@@ -156,6 +156,8 @@ def train_ft(
             f"{bits:.3g} bits: give --no_gumbel for one that holds more, or --context memory"
         )
     dtype = choose_precision(device, options.precision)
+    if resumed is None and is_to_begin_anew(model, checkpoint, data, options, dtype):
+        begin_anew(model)
 
     def score_some(model: HRMModel) -> Score:
         rows = TSVDataset(held_out.pairs[:ROWS_OFTEN], held_out.max_len)
@@ -215,6 +217,46 @@ def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
     if any("cross" not in name for name in missing) or len(dropped) < len(unexpected):
         raise HRMError("the checkpoint's weights do not fit its config")
     return model
+
+
+def is_to_begin_anew(
+    model: HRMModel,
+    start: Checkpoint,
+    data: TSVDataset,
+    options: FinetuneConfig,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether to `begin_anew`: as asked for, or by what the pretrained model makes of some rows.
+
+    Where it foretells the answers no worse than its held-out text, they are of a kind it knows.
+    """
+    if options.blocks != "auto":
+        return options.blocks == "new"
+    reads = model.config.memory and start.config.memory
+    if start.stage != "pretrain" or start.val_bpb is None or not reads:
+        return False
+    rows = split_pairs(data, 0.0, options.seed)[0].pairs[:ROWS_OFTEN]
+    if any(pair.lm for pair in rows):  # text to learn from
+        return False
+    bits, _ = ratio(pair_bits(model, TSVDataset(rows, data.max_len), dtype))
+    if bits <= start.val_bpb:
+        return False
+    say(
+        f"the answers are unlike the text of pretraining ({bits:.2f} and {start.val_bpb:.2f} bits "
+        "per byte): the blocks begin anew, but for cross attention (--blocks keep: they do not)"
+    )
+    return True
+
+
+def begin_anew(model: HRMModel) -> None:
+    """Gives the blocks' self attention and feed-forward the weights of a new model. What else is
+    pretrained stays: embeddings, counts and cross attention, which has learned to copy.
+
+    Weights that foretell text by what was written learn a few pairs of another kind by heart.
+    """
+    fresh = HRMModel(model.config).state_dict()
+    own = {k: w for k, w in fresh.items() if ".blocks." in k and "cross" not in k}
+    model.load_state_dict(own, strict=False)
 
 
 def state_to_resume(options: TrainConfig, stage: str) -> Checkpoint | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIG, PAIRS, TEXT, random_model
+from conftest import CONFIG, PAIRS, TEXT, Run, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +33,7 @@ from hrm_esp.trainer import (
     even_shares,
     is_worse,
 )
-from hrm_esp.training import model_to_finetune, train_ft, train_lm
+from hrm_esp.training import begin_anew, model_to_finetune, train_ft, train_lm
 
 
 @pytest.fixture
@@ -227,6 +227,58 @@ def test_finetuning_starts_from_the_same_function(corpus: Path) -> None:
     with_plan = model_to_finetune(start, FinetuneConfig(context="plan")).eval()
     assert not with_plan.config.memory
     torch.testing.assert_close(with_plan(prompt, y_in)[0], restoring(prompt, y_in)[0])
+
+
+def test_blocks_that_begin_anew() -> None:
+    """Their output is nothing at first; what else was learned, cross attention too, stays."""
+    model = random_model(memory=True)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    begin_anew(model)
+    for name, weight in model.state_dict().items():
+        own = ".blocks." in name and "cross" not in name
+        assert weight.equal(before[name]) != own, name
+        if own and "out" in name:
+            assert not weight.any(), name
+
+
+ANEW = "begin anew"
+
+
+def test_blocks_are_kept_for_text_and_begin_anew_for_answers_of_another_kind(
+    trained: Path, tmp_path: Path, run: Run
+) -> None:
+    """As the command says; what it saves after a step tells whether it did."""
+    lines = TEXT.splitlines()
+    pairs = {
+        "restored": "\n".join(f"{line}\t{line}" for line in lines),
+        "other": PAIRS,
+        "text": TEXT,
+    }
+    start = trained / "checkpoints" / "pretrain_best.pt"
+    for name, rows in pairs.items():
+        (tmp_path / f"{name}.tsv").write_text(rows, encoding="utf-8")
+    for i, (name, flags, anew) in enumerate(
+        (
+            ("restored", (), False),
+            ("other", (), True),
+            ("text", (), False),
+            ("other", ("--blocks", "keep"), False),
+            ("restored", ("--blocks", "new"), True),
+            ("other", ("--context", "plan"), False),
+        )
+    ):
+        out = run(
+            "finetune", f"{name}.tsv", "--ckpt", start, "--steps", "1", "--lr", "1e-9",
+            "--out_dir", i, *flags,
+        )  # fmt: skip
+        assert out.returncode == 0, out.stderr
+        assert (ANEW in out.stderr) == (anew and not flags), (name, flags)
+        learned = weights(tmp_path / str(i) / "finetune_last.pt")[
+            "executor.blocks.0.ffn.out.weight"
+        ]
+        assert (learned.norm() < 1e-3) == anew, (name, flags)
+        if anew:
+            assert weights(start)["executor.blocks.0.ffn.out.weight"].norm() > 0.1
 
 
 @pytest.mark.parametrize("context", ["memory", "plan"])
