@@ -286,8 +286,7 @@ class FinetuneConfig(TrainConfig):
     blocks: str = option(
         "auto",
         "training",
-        "whether the blocks' self attention and feed-forward keep what they learned in pretraining "
-        "or begin as in a new model; auto: new if the checkpoint foretells the answers worse than "
-        "text, as where they are no text, or in another form",
+        "keep: all that was pretrained; new: the blocks' self attention and feed-forward begin as "
+        "in a new model; auto: new if the checkpoint foretells the answers worse than text",
         choices=("auto", "keep", "new"),
     )
