@@ -102,15 +102,10 @@ class Codebook(nn.Module):
         )
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
-    def forward(self, x: Tensor, choice_learns: bool = True) -> tuple[Tensor, Tensor]:
-        """x: (B, P) -> the plan (B, P) and the logits (B, G * K), codebook after codebook.
-
-        Args:
-            choice_learns: whether the plan's gradient reaches the logits, not the codes alone.
-        """
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, P) -> the plan (B, P) and the logits (B, G * K), codebook after codebook."""
         logits = self.log_scale.exp() * self.cosines(x)
-        weights = self.weigh(logits)
-        return self.mix(weights if choice_learns else weights.detach()), logits.flatten(1)
+        return self.mix(self.weigh(logits)), logits.flatten(1)
 
     def cosines(self, x: Tensor) -> Tensor:
         """x: (B, P) -> those with the codes, (B, G, K)."""
@@ -171,12 +166,8 @@ class Planner(nn.Module):
             x = block(x, angles, visible)
         return Memory(self.norm(x), visible, characters(prompt_ids))
 
-    def plan(self, memory: Memory, choice_learns: bool = True) -> tuple[Tensor, Tensor | None]:
-        """States (B, S, D), mean-pooled without PAD -> plan (B, P), logits (B, G * K) or None.
-
-        Args:
-            choice_learns: see `Codebook.forward`.
-        """
+    def plan(self, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        """States (B, S, D), mean-pooled without PAD -> plan (B, P), logits (B, G * K) or None."""
         states, visible, _ = memory
         if visible is None:
             pooled = states.mean(1)
@@ -187,7 +178,7 @@ class Planner(nn.Module):
             return self.to_plan(pooled), None
         if self.training:
             self.codebook.met.append(pooled.detach().float())
-        return self.codebook(self.to_plan(self.codebook.standardized(pooled)), choice_learns)
+        return self.codebook(self.to_plan(self.codebook.standardized(pooled)))
 
     def last_logits(self) -> Tensor | None:
         """With a codebook, its logits for the rows last met in training, several for each code,
@@ -435,14 +426,12 @@ class HRMModel(nn.Module):
         """prompt_ids: (B, S) -> what the Executor gets of it: the plan (B, P) and, where it reads
         it, the memory; between them the codebook logits.
 
-        Where ``reads_memory`` is None, neither the Planner's blocks nor the choice of codes learn
-        by it: through the plan alone the gradient of text is faint, and steps along it would carry
-        them off at random, and to choices that are sure of nothing.
+        Where ``reads_memory`` is None, the Planner's blocks learn nothing: through the plan alone
+        the gradient of text is faint, and steps along it would carry them off at random.
         """
-        learns = reads_memory is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and reads_memory is not None):
             states = self.planner.read(prompt_ids)
-        plan_vec, code_logits = self.planner.plan(states, learns)
+        plan_vec, code_logits = self.planner.plan(states)
         if not self.config.memory or reads_memory is None:
             return plan_vec, code_logits, None
         visible = (prompt_ids != PAD) & reads_memory[:, None]

@@ -224,9 +224,6 @@ class Trainer:
         self.folder = Path(options.out_dir)
         self.device = model.device
         self.dtype = choose_precision(self.device, options.precision)
-        if stage == "pretrain" and model.planner.codebook is not None:
-            # The plan says little of a text: less sure choices would be the better ones for it.
-            model.planner.codebook.log_scale.requires_grad_(False)
         self.parameters = Parameters.of(model)
         # NCCL cannot sum sparse gradients, and MPS has none.
         sparse = self.device.type == "cpu" or (self.device.type == "cuda" and world_size() == 1)

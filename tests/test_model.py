@@ -266,8 +266,7 @@ def test_codebook(hard: bool, groups: int) -> None:
             assert (codes[g] == part).all(-1).any()
     model.train()
     assert not torch.equal(model.planner(prompt)[0], model.planner(prompt)[0])
-    read = torch.ones(4, dtype=torch.bool)
-    model(prompt, tokens(4, 5), read)[0].square().sum().backward()
+    model(prompt, tokens(4, 5))[0].square().sum().backward()
     for p in (codes, model.planner.tok_emb.weight, model.planner.to_plan.weight):
         assert p.grad is not None and p.grad.abs().sum() > 0
 
@@ -279,8 +278,7 @@ def test_a_new_model_predicts_all_bytes_alike() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_planner_learns_where_its_states_may_be_read(dtype: torch.dtype) -> None:
-    """Elsewhere the codes do, as the Executor reads them, but not how one is chosen."""
+def test_the_planners_blocks_learn_where_their_states_may_be_read(dtype: torch.dtype) -> None:
     model = random_model(memory=True, gumbel=True)
     torch.nn.init.zeros_(model.executor.from_plan.weight)  # so that the way is through the states
     blocks = list(model.planner.blocks.parameters())
@@ -291,9 +289,8 @@ def test_the_planner_learns_where_its_states_may_be_read(dtype: torch.dtype) -> 
             logits, _ = model(tokens(3, 9), tokens(3, 5), reads)
         logits.float().pow(2).sum().backward()
         assert all((p.grad is not None and bool(p.grad.any())) == learn for p in blocks)
-        assert (model.planner.to_plan.weight.grad is not None) == learn
+        assert model.planner.to_plan.weight.grad is not None
         assert model.planner.codebook is not None and model.planner.codebook.codes.grad is not None
-        assert (model.planner.codebook.log_scale.grad is not None) == learn
         assert any(p.grad is not None and p.grad.any() for p in rest)
 
 
