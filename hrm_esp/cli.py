@@ -392,6 +392,8 @@ def run_finetune(args: argparse.Namespace) -> None:
     options = from_args(FinetuneConfig, args)
     if args.from_scratch and args.ckpt:
         raise HRMError("give --ckpt or --from_scratch, not both")
+    if args.from_scratch and options.blocks != "auto":
+        raise HRMError("--blocks is of a checkpoint: give it or --from_scratch, not both")
     if args.size and not args.from_scratch:
         raise HRMError("--size is of a new model: give --from_scratch with it, or neither")
 

@@ -286,7 +286,8 @@ class FinetuneConfig(TrainConfig):
     blocks: str = option(
         "auto",
         "training",
-        "keep: all that was pretrained; new: the blocks' self attention and feed-forward begin as "
-        "in a new model; auto: new if the checkpoint foretells the answers worse than text",
+        "keep: all of the checkpoint; new: the self attention and feed-forward of all blocks begin "
+        "as in a new model; auto: new if a pretrained checkpoint foretells the answers much worse "
+        "than held-out text",
         choices=("auto", "keep", "new"),
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .checkpoint import Checkpoint, load_checkpoint
@@ -35,6 +36,9 @@ from .trainer import Score, Trainer, TrainResult
 SCORED_OFTEN = 16_384  # bytes of held-out text scored while training
 SCORED_LAST = 1_000_000  # ... and at the end
 ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
+ROWS_FIRST = 64  # pairs by which is told whether they are of a kind that a checkpoint knows
+UNLIKE = 1.5  # times the bits of held-out text: short answers have little before their bytes
+KEPT = "the embeddings and how to copy from a prompt, and the blocks begin anew"
 
 
 @process_group()
@@ -156,7 +160,7 @@ def train_ft(
             f"{bits:.3g} bits: give --no_gumbel for one that holds more, or --context memory"
         )
     dtype = choose_precision(device, options.precision)
-    if resumed is None and is_to_begin_anew(model, checkpoint, data, options, dtype):
+    if resumed is None and is_to_begin_anew(checkpoint, data, options, device, dtype):
         begin_anew(model)
 
     def score_some(model: HRMModel) -> Score:
@@ -220,43 +224,50 @@ def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
 
 
 def is_to_begin_anew(
-    model: HRMModel,
     start: Checkpoint,
     data: TSVDataset,
     options: FinetuneConfig,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether to `begin_anew`: as asked for, or by what the pretrained model makes of some rows.
+    """Whether to `begin_anew`: as asked for, or by what the checkpoint makes of some answers.
 
-    Where it foretells the answers no worse than its held-out text, they are of a kind it knows.
+    Those that it foretells about as well as held-out text are of a kind that it knows.
     """
-    if options.blocks != "auto":
+    if options.blocks == "new":
+        say(f"of the checkpoint are kept {KEPT}")
+    reads = start.config.memory and options.context == "memory"
+    if options.blocks != "auto" or start.stage != "pretrain" or start.val_bpb is None or not reads:
         return options.blocks == "new"
-    reads = model.config.memory and start.config.memory
-    if start.stage != "pretrain" or start.val_bpb is None or not reads:
+    order = np.random.default_rng(options.seed).permutation(len(data))[:ROWS_FIRST]
+    rows = [pair for pair in map(data.__getitem__, order) if not pair.lm]
+    if len(rows) < len(order) / 2:  # text to learn from, most of it
         return False
-    rows = split_pairs(data, 0.0, options.seed)[0].pairs[:ROWS_OFTEN]
-    if any(pair.lm for pair in rows):  # text to learn from
-        return False
-    bits, _ = ratio(pair_bits(model, TSVDataset(rows, data.max_len), dtype))
-    if bits <= start.val_bpb:
+    bits, (low, _) = ratio(
+        pair_bits(start.model(device), TSVDataset(rows, data.max_len), dtype, batch_size=1)
+    )
+    if not low > UNLIKE * start.val_bpb:
         return False
     say(
-        f"the answers are unlike the text of pretraining ({bits:.2f} and {start.val_bpb:.2f} bits "
-        "per byte): the blocks begin anew, but for cross attention (--blocks keep: they do not)"
+        f"these answers cost the checkpoint {bits:.2f} bits per byte, held-out text "
+        f"{start.val_bpb:.2f}: of what it learned are kept {KEPT} (--blocks keep: all)"
     )
     return True
 
 
 def begin_anew(model: HRMModel) -> None:
-    """Gives the blocks' self attention and feed-forward the weights of a new model. What else is
-    pretrained stays: embeddings, counts and cross attention, which has learned to copy.
+    """Gives the blocks of the Planner and of the Executor, but for cross attention, the weights of
+    a new model. What else is pretrained stays, among it the embeddings and how to copy a prompt.
 
-    Weights that foretell text by what was written learn a few pairs of another kind by heart.
+    Weights that foretell text by what was written learn a few pairs of another kind by heart: they
+    are behind a new model's then, while what stays puts the model ahead of that.
     """
-    fresh = HRMModel(model.config).state_dict()
-    own = {k: w for k, w in fresh.items() if ".blocks." in k and "cross" not in k}
-    model.load_state_dict(own, strict=False)
+    for block in (*model.planner.blocks, *model.executor.blocks):
+        fresh = type(block)(model.config).state_dict()
+        own = {name: weight for name, weight in fresh.items() if "cross" not in name}
+        block.load_state_dict(own, strict=False)
+    if model.planner.codebook is not None:  # which knows states of the old blocks alone
+        model.planner.codebook.last_pooled.zero_()
 
 
 def state_to_resume(options: TrainConfig, stage: str) -> Checkpoint | None:

@@ -227,6 +227,7 @@ BAD = {
     "binary TSV": ("finetune", "binary.txt", "--ckpt", "good.pt"),
     "folder as TSV": ("finetune", "folder", "--ckpt", "good.pt"),
     "TSV of blank lines": ("finetune", "blank.tsv", "--ckpt", "good.pt"),
+    "blocks of no checkpoint": ("finetune", "pairs.tsv", "--from_scratch", "--blocks", "keep"),
     "two starts": ("finetune", "pairs.tsv", "--ckpt", "good.pt", "--from_scratch"),
     "size of a checkpoint": ("finetune", "pairs.tsv", "--ckpt", "good.pt", "--size", "tiny"),
     "predictions of a text": ("evaluate", "text.txt", "--ckpt", "good.pt", "--predictions", "p"),
