@@ -38,7 +38,7 @@ SCORED_LAST = 1_000_000  # ... and at the end
 ROWS_OFTEN, ROWS_LAST = 200, 1000  # the same for pairs
 ROWS_FIRST = 64  # pairs by which is told whether they are of a kind that a checkpoint knows
 UNLIKE = 1.5  # times the bits of held-out text: short answers have little before their bytes
-KEPT = "the embeddings and how to copy from a prompt, and the blocks begin anew"
+ANEW = "the blocks begin anew, embeddings and how to copy from a prompt are kept"
 
 
 @process_group()
@@ -235,10 +235,12 @@ def is_to_begin_anew(
     Those that it foretells about as well as held-out text are of a kind that it knows.
     """
     if options.blocks == "new":
-        say(f"of the checkpoint are kept {KEPT}")
+        say(ANEW)
+        return True
     reads = start.config.memory and options.context == "memory"
-    if options.blocks != "auto" or start.stage != "pretrain" or start.val_bpb is None or not reads:
-        return options.blocks == "new"
+    may_differ = options.blocks == "auto" and start.stage == "pretrain" and reads
+    if start.val_bpb is None or not may_differ:
+        return False
     order = np.random.default_rng(options.seed).permutation(len(data))[:ROWS_FIRST]
     rows = [pair for pair in map(data.__getitem__, order) if not pair.lm]
     if len(rows) < len(order) / 2:  # text to learn from, most of it
@@ -250,7 +252,7 @@ def is_to_begin_anew(
         return False
     say(
         f"these answers cost the checkpoint {bits:.2f} bits per byte, held-out text "
-        f"{start.val_bpb:.2f}: of what it learned are kept {KEPT} (--blocks keep: all)"
+        f"{start.val_bpb:.2f}: {ANEW} (--blocks keep keeps all)"
     )
     return True
 
