@@ -242,12 +242,11 @@ def is_to_begin_anew(
     if start.val_bpb is None or not may_differ:
         return False
     order = np.random.default_rng(options.seed).permutation(len(data))[:ROWS_FIRST]
-    rows = [pair for pair in map(data.__getitem__, order) if not pair.lm]
+    rows = [data[i] for i in order if not data[i].lm]
     if len(rows) < len(order) / 2:  # text to learn from, most of it
         return False
-    bits, (low, _) = ratio(
-        pair_bits(start.model(device), TSVDataset(rows, data.max_len), dtype, batch_size=1)
-    )
+    answers = TSVDataset(rows, data.max_len)
+    bits, (low, _) = ratio(pair_bits(start.model(device), answers, dtype))
     if not low > UNLIKE * start.val_bpb:
         return False
     say(
