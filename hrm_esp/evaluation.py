@@ -100,7 +100,7 @@ def row_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> np.ndarray:
     """The bits that the targets of each row of a batch cost, (B,)."""
     batch = batch.to(model.device)
     with autocast(model.device, dtype):
-        nats, _, _ = model.nats(*batch)
+        nats = model.nats(*batch).mixed
     return nats.cpu().double().numpy() / math.log(2)  # in this order: MPS has no float64
 
 

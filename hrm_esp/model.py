@@ -6,6 +6,8 @@ G codebooks of K codes, V = vocab_size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -265,6 +267,24 @@ class ExecutorCache:
             self.offset = self.offset[rows]
 
 
+class Nats(NamedTuple):
+    """What a batch costs in nats: each row's targets, ``mixed`` with the counts and by the network
+    ``alone``, and a token of the prompt to the ``bag`` that the plan foretells, all (B,). With a
+    codebook also its ``code_logits`` (B, G * K)."""
+
+    mixed: Tensor
+    alone: Tensor
+    bag: Tensor
+    code_logits: Tensor | None
+
+
+def bag_nats(log_p: Tensor, ids: Tensor) -> Tensor:
+    """What a token of ids (B, S), PAD aside, costs by one distribution for all of its row, its
+    logarithms (B, V), -> (B,)."""
+    is_token = ids != PAD
+    return -(log_p.gather(1, ids) * is_token).sum(1) / is_token.sum(1).clamp(min=1)
+
+
 class Executor(nn.Module):
     """A causal decoder that writes byte after byte, the plan in front as a synthetic token."""
 
@@ -312,25 +332,26 @@ class Executor(nn.Module):
         memory: Memory | None = None,
         past: Tensor | None = None,
         leave_out: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What the targets ``y_out`` (B, T) of each row cost in nats, and what they would cost
-        without the counts, both (B,). PAD costs nothing.
+        without the counts, both (B,); PAD costs nothing. With them the log-probabilities foretold
+        at ``[PLAN]``, (B, V).
 
         Args:
             y_in, plan_vec, memory, past: as in `forward`.
             leave_out: take rows that the counts were made from out of the counts, for training.
         """
-        states = self.read(y_in, plan_vec, memory)
+        states = self.read(y_in, plan_vec, memory, keeps_plan=True)
+        logits = self.lm_head(states).float()
+        by_plan = logits[:, 0].log_softmax(-1)
+        targets = F.pad(y_out, (1, 0), value=PAD)
         alone = F.cross_entropy(
-            self.lm_head(states).flatten(0, 1).float(),
-            y_out.flatten(),
-            ignore_index=PAD,
-            reduction="none",
-        ).view(y_out.shape)
+            logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="none"
+        ).view(targets.shape)[:, 1:]
         if self.counts is None:
-            return alone.sum(1), alone.sum(1)
-        p = self.counts.probability((-alone).exp(), states, y_in, y_out, past, leave_out)
-        return -torch.where(y_out != PAD, p, 1.0).log().sum(1), alone.sum(1)
+            return alone.sum(1), alone.sum(1), by_plan
+        p = self.counts.probability((-alone).exp(), states[:, 1:], y_in, y_out, past, leave_out)
+        return -torch.where(y_out != PAD, p, 1.0).log().sum(1), alone.sum(1), by_plan
 
     def read(
         self,
@@ -340,6 +361,7 @@ class Executor(nn.Module):
         cache: ExecutorCache | None = None,
         places: Tensor | None = None,
         before: Tensor | None = None,
+        keeps_plan: bool = False,
     ) -> Tensor:
         """The states from which each next token is foretold, (B, T, D); arguments as in `forward`.
 
@@ -348,6 +370,7 @@ class Executor(nn.Module):
                 where it is empty.
             before: (B, R), the last tokens in the cache, PAD where there are fewer, for the n-gram
                 embeddings.
+            keeps_plan: return that of ``[PLAN]``, too, in front, (B, 1 + T, D).
         """
         x = self.tok_emb(y_in, before)
         start = 0 if cache is None else cache.length
@@ -372,7 +395,7 @@ class Executor(nn.Module):
         for i, block in enumerate(self.blocks):
             own = cache and cache.blocks[i]
             x = block(x, angles, memory, cross_angles, memory_angles, own, mask)
-        return self.norm(x[:, 1:] if start == 0 else x)
+        return self.norm(x if keeps_plan or start > 0 else x[:, 1:])
 
 
 class HRMModel(nn.Module):
@@ -409,16 +432,15 @@ class HRMModel(nn.Module):
         reads_memory: Tensor | None = None,
         past: Tensor | None = None,
         leave_out: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the targets cost with and without the counts (see `Executor.nats`), both (B,), and
-        the codebook logits. Other arguments as in `forward`.
+    ) -> Nats:
+        """What the targets cost, and the prompt to the plan. Other arguments as in `forward`.
 
         Args:
             past, leave_out: see `Executor.nats`.
         """
         plan_vec, code_logits, memory = self.plan(prompt_ids, reads_memory)
-        nats = self.executor.nats(y_in, y_out, plan_vec, memory, past, leave_out)
-        return *nats, code_logits
+        mixed, alone, by_plan = self.executor.nats(y_in, y_out, plan_vec, memory, past, leave_out)
+        return Nats(mixed, alone, bag_nats(by_plan, prompt_ids), code_logits)
 
     def plan(
         self, prompt_ids: Tensor, reads_memory: Tensor | None

@@ -40,7 +40,7 @@ from .evaluation import PairScore, TextScore
 from .files import remove_partial
 from .generation import generate
 from .layers import NgramEmbedding
-from .model import HRMModel
+from .model import HRMModel, Nats
 from .optim import (
     Parameters,
     batch_shape,
@@ -55,6 +55,10 @@ SAMPLE_LEN = 120  # bytes
 N_SCORES = 8  # times a run is scored, evenly spaced
 WORSE = 0.01  # bits per byte more than at the best: noise at a high learning rate is less
 EPOCH_SECONDS = 10.0  # at least, between the checkpoints of two epochs of a timed run
+# Of foretelling from the plan alone which bytes the Planner read, in whatever order (bag-of-word
+# loss: Zhao et al. 2017, section 3.3). Of each next byte a plan says so little that the Executor
+# would not learn to heed it.
+BAG_WEIGHT = 0.2
 SINKHORN_TAU = 0.5  # of `even_shares`: lower is surer of each row's code
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
@@ -165,10 +169,9 @@ class Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def forward(self, batch: Batch) -> tuple[Nats, Tensor | None]:
         """What `HRMModel.nats` returns, and the logits of `Planner.last_logits`."""
-        nats = self.model.nats(*batch, leave_out=True)
-        return *nats, self.model.planner.last_logits()
+        return self.model.nats(*batch, leave_out=True), self.model.planner.last_logits()
 
 
 @contextmanager
@@ -446,13 +449,15 @@ class Trainer:
             averaging = nullcontext() if is_last else without_averaging(self.loss)
             with noticing_lost_peers(), averaging:
                 with autocast(self.device, self.dtype):
-                    mixed, alone, codes, last = self.loss(batch)
+                    cost, last = self.loss(batch)
                 if self.stage == "finetune" or batch.reads_memory is None:
-                    nats, shown = nats + mixed.sum().item(), shown + size
+                    nats, shown = nats + cost.mixed.sum().item(), shown + size
                 # Alone, too, the network is to foretell all: else it learns the counts' leavings.
-                loss = (mixed + alone).sum() / n_tokens
-                if codes is not None and last is not None:
-                    codes = codes.unflatten(-1, (self.model.config.n_plan_groups, -1))
+                loss = (cost.mixed + cost.alone).sum() / n_tokens
+                if batch.reads_memory is None:
+                    loss = loss + BAG_WEIGHT * cost.bag.sum() / n_rows
+                if cost.code_logits is not None and last is not None:
+                    codes = cost.code_logits.unflatten(-1, (self.model.config.n_plan_groups, -1))
                     chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()
                     usage = chosen if usage is None else usage + chosen
                     share = self.options.codebook_penalty * len(batch.y_out) / n_rows

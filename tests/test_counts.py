@@ -231,7 +231,8 @@ def test_a_step_costs_what_the_logits_say() -> None:
     prompt, y = tokens(2, 9), tokens(2, 13, seed=1)
     y_in, y_out = y[:, :-1], y[:, 1:].clone()
     y_out[1, 5:] = PAD
-    mixed, alone = (cost.sum() for cost in model.nats(prompt, y_in, y_out)[:2])
+    cost = model.nats(prompt, y_in, y_out)
+    mixed, alone = cost.mixed.sum(), cost.alone.sum()
     logits, _ = model(prompt, y_in)
     said = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), y_out.flatten(), ignore_index=PAD, reduction="sum"

@@ -24,7 +24,7 @@ from hrm_esp.layers import (
     rotate,
 )
 from hrm_esp.model import ExecutorCache, HRMModel
-from hrm_esp.tokenizer import BOS, PAD, VOCAB_SIZE
+from hrm_esp.tokenizer import BOS, PAD, PLAN, VOCAB_SIZE
 
 KINDS = [
     {},
@@ -223,7 +223,7 @@ def test_what_is_too_long_ago_or_padding_is_no_past() -> None:
 
     def both(past: torch.Tensor) -> torch.Tensor:
         plan, _ = model.planner(prompt)
-        cost, _, _ = model.nats(prompt, y_in, y_out, past=past)
+        cost = model.nats(prompt, y_in, y_out, past=past).mixed
         logits = model.executor(y_in, plan, past=past)
         close(-logits.gather(2, y_out[..., None]).sum((1, 2)), cost)
         return cost
@@ -240,6 +240,23 @@ def test_the_plan_reaches_every_logit(gumbel: bool) -> None:
     y_in = tokens(1, 5)
     one, other = (model(tokens(1, 9, seed=s), y_in)[0] for s in (1, 2))
     assert ((one - other).abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_bag_is_what_the_plan_alone_foretells(kind: dict[str, object]) -> None:
+    model = random_model(**kind)
+    prompt, y = tokens(3, 9), tokens(3, 13, seed=1)
+    prompt[1, 6:] = PAD
+    bag = model.nats(prompt, y[:, :-1], y[:, 1:]).bag
+    close(model.nats(prompt, y[:, :3], y[:, 1:4]).bag, bag)
+    executor = model.executor
+    plan = executor.from_plan(model.planner(prompt)[0]) + executor.tok_emb.weight[PLAN]
+    x, angles = executor.positions(plan[:, None])
+    for block in executor.blocks:
+        x = block(x, angles)
+    log_p = executor.lm_head(executor.norm(x))[:, 0].log_softmax(-1)
+    for row, n, cost in zip(range(3), (9, 6, 9), bag, strict=True):
+        close(-log_p[row, prompt[row, :n]].mean(), cost)
 
 
 def test_memory_is_read_only_where_allowed() -> None:

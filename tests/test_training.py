@@ -415,6 +415,21 @@ def test_a_plan_that_all_texts_share_is_told_apart_by_all_codes() -> None:
     assert logits.softmax(-1).amax(-1).mean() > 0.5
 
 
+def test_a_plan_comes_to_say_which_bytes_were_read(tmp_path: Path) -> None:
+    """Of lines of eight letters or of eight digits: a token costs 3 bits, or 4 if it is not known
+    which. What is written next tells the plan little of it."""
+    chance = np.random.default_rng(0)
+    kinds = chance.choice(("abcdefgh", "01234567"), 400)
+    lines = ["".join(chance.choice(list(kind), 63)) for kind in kinds]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines))
+    config = replace(CONFIG, gumbel=True, max_len=64)
+    how = options(tmp_path / "run", steps=60, planner_view="previous")
+    done = train_lm(tmp_path / "corpus.txt", config, how)
+    ids = torch.tensor([list(line.encode()) for line in lines[:40]])
+    bag = load_model(done.last).nats(ids, ids[:, :1], ids[:, 1:2]).bag / math.log(2)
+    assert bag.mean() < 3.4
+
+
 @pytest.mark.parametrize("gumbel", [True, False])
 def test_a_step_that_a_lost_process_cut_short_leaves_nothing_behind(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gumbel: bool

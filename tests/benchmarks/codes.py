@@ -3,20 +3,23 @@ written with one code differs from what is written with another.
 
     python tests/benchmarks/codes.py checkpoints/pretrain_best.pt corpus.txt
 
-Prints the perplexity of the codes of windows and of lines of the text and, for each pair of the
-codes used most, a permutation test: the distance between the trigrams of bytes of the texts written
-with one and with the other, beside those when the same texts are dealt out at random.
+Prints the perplexity of the codes of windows and of lines of the text; with ``--val``, of a text
+never trained on, what windows of it cost the network alone with their own plan, with that of the
+window before, and with that of another; and for each pair of the codes used most a permutation
+test: the distance between the trigrams of bytes of the texts written with one and with the other,
+beside those when the same texts are dealt out at random.
 """
 
 import argparse
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
 from hrm_esp import HRMModel, generate_batch, load_model
-from hrm_esp.data import as_inputs, load_corpus_lines, load_stream
+from hrm_esp.data import Stream, as_inputs, as_targets, load_corpus_lines, load_stream
 from hrm_esp.plans import plans_of
 from hrm_esp.progress import perplexity
 from hrm_esp.tokenizer import BOS
@@ -29,15 +32,40 @@ def checked(path: str, model: HRMModel) -> HRMModel:
     return model
 
 
+@torch.inference_mode()
+def read(model: HRMModel, stream: Stream, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plans of the windows from each of starts (n,) on, (n, P), and their logits, (n, K)."""
+    size = min(model.config.max_len, len(stream))
+    ids = torch.tensor(np.stack([[BOS, *as_inputs(stream[i : i + size])] for i in starts]))
+    plans, logits = zip(*(model.planner(part) for part in ids.split(16)), strict=True)
+    return torch.cat(plans), torch.cat(logits)
+
+
 def codes_of_windows(model: HRMModel, path: str, n: int) -> np.ndarray:
     """The code of each of n windows from all of a text, (n,)."""
     stream = load_stream([path])
-    size = min(model.config.max_len, len(stream))
-    starts = np.linspace(0, len(stream) - size, n).astype(int)
-    ids = torch.tensor(np.stack([[BOS, *as_inputs(stream[i : i + size])] for i in starts]))
-    with torch.inference_mode():
-        logits = [model.planner(part)[1] for part in ids.split(16)]
-    return torch.cat([part for part in logits if part is not None]).argmax(-1).numpy()
+    starts = np.linspace(0, max(0, len(stream) - model.config.max_len), n).astype(int)
+    return read(model, stream, starts)[1].argmax(-1).numpy()
+
+
+@torch.inference_mode()
+def worth(model: HRMModel, path: str, n: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Names of plans, and what each of n windows of a text costs with that one, in bits, (n,)."""
+    stream, size = load_stream([path]), model.config.max_len
+    starts = np.linspace(size, len(stream) - size, n).astype(int)
+    own, _ = read(model, stream, starts)
+    before, _ = read(model, stream, starts - size)
+    ids = np.stack([stream[i - 1 : i + size] for i in starts])
+    y_in = torch.from_numpy(as_inputs(ids[:, :-1]))
+    y_out = torch.from_numpy(as_targets(ids[:, 1:]))
+    for name, plans in (
+        ("its own", own), ("that of the window before", before), ("another's", own.roll(n // 2, 0)),
+    ):  # fmt: skip
+        nats = [
+            model.executor.nats(*part)[1]
+            for part in zip(y_in.split(16), y_out.split(16), plans.split(16), strict=True)
+        ]
+        yield name, torch.cat(nats).numpy() / np.log(2)
 
 
 def codes_of_lines(model: HRMModel, path: str, n: int) -> np.ndarray:
@@ -80,6 +108,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("text")
+    parser.add_argument("--val", help="a text never trained on")
+    parser.add_argument("--windows", type=int, default=200, help="of it that are scored")
     parser.add_argument("--pieces", type=int, default=1000, help="of the text whose codes are told")
     parser.add_argument("--codes", type=int, default=2, help="how many to write with")
     parser.add_argument("--samples", type=int, default=200, help="texts for each code")
@@ -94,6 +124,13 @@ def main() -> None:
         used[name] = np.bincount(find(model, args.text, args.pieces), minlength=n_codes)
         n = used[name].sum()
         print(f"| {n:,} {name} | {perplexity(torch.tensor(used[name][None])):.1f} |", flush=True)
+    if args.val:
+        costs = dict(worth(model, args.val, args.windows))
+        print("\n| plan | bits a window | more than with its own |\n| --- | --- | --- |")
+        for name, cost in costs.items():
+            more = cost - costs["its own"]
+            error = more.std() / len(more) ** 0.5
+            print(f"| {name} | {cost.mean():.2f} | {more.mean():.2f} ± {1.96 * error:.2f} |")
     written = {
         int(code): [
             text.text

@@ -25,7 +25,7 @@ from hrm_esp.device import autocast, keep_freed_memory
 from hrm_esp.model import HRMModel
 from hrm_esp.optim import batch_shape, learning_rate, set_learning_rate
 from hrm_esp.progress import Meter, MetricsLog
-from hrm_esp.trainer import Trainer, codebook_penalty, stop_signals
+from hrm_esp.trainer import BAG_WEIGHT, Trainer, codebook_penalty, stop_signals
 
 
 def safe(trainer: Trainer) -> Iterator[None]:
@@ -49,9 +49,11 @@ def bare(trainer: Trainer) -> Iterator[None]:
     for step, (_, batch) in enumerate(trainer.data.batches(size, 0, 0)):
         set_learning_rate(trainer.optimizers, learning_rate(options, step, 0.0))
         with autocast(trainer.device, trainer.dtype):
-            mixed, alone, _ = model.nats(*batch, leave_out=True)
+            cost = model.nats(*batch, leave_out=True)
             last = model.planner.last_logits()
-            loss = (mixed + alone).sum() / batch.n_tokens
+            loss = (cost.mixed + cost.alone).sum() / batch.n_tokens
+            if batch.reads_memory is None:
+                loss = loss + BAG_WEIGHT * cost.bag.mean()
             if last is not None:
                 loss = loss + options.codebook_penalty * codebook_penalty(last)
         loss.backward()

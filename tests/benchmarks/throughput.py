@@ -72,8 +72,8 @@ def main() -> None:
 
     def loss() -> torch.Tensor:
         with autocast(peer.device, trainer.dtype):
-            mixed, alone, _ = model.nats(*batch.to(peer.device))
-        return (mixed + alone).sum() / n
+            cost = model.nats(*batch.to(peer.device))
+        return (cost.mixed + cost.alone).sum() / n
 
     def forward_backward() -> None:
         loss().backward()
