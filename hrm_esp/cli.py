@@ -227,6 +227,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="guided by this code of the codebook, from 0 on (of several: K,K,...); "
         "see hrm-esp plans",
     )  # fmt: skip
+    add(
+        "--guidance", type=float, metavar="G",
+        help="how far by either: 1 as if it were the prompt's own plan, 0 not at all, more goes "
+        "further, at half the speed (default: 2)",
+    )  # fmt: skip
     add("--max_new_tokens", type=int, metavar="N", help="bytes to write at most (default: 512)")
     add(
         "--min_new_tokens", type=int, default=0, metavar="N",
@@ -440,7 +445,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     mode = args.mode or ("answer" if model.stage == "finetune" else "continue")
     names = "max_new_tokens min_new_tokens temperature top_k top_p min_p seed precision draft_len"
-    names += " plan_from plan_code"
+    names += " plan_from plan_code guidance"
     given = {n: v for n in names.split() if (v := getattr(args, n)) is not None}
     options: dict[str, Any] = {"mode": mode, "stop": stops, **given}
     prompts = [prompt] if args.prompts is None else read_prompts(args.prompts, args.encoding)

@@ -242,6 +242,40 @@ class Decoder:
         return ExecutorCache(self.config.n_layers_dec, capacity, memory)
 
 
+class Guided:
+    """Two decoders of the same rows, with different plans, as one: its log-probabilities are those
+    by the second plan and ``scale`` times what the first adds to them (classifier-free guidance,
+    Sanchez et al. 2023, section 2)."""
+
+    def __init__(self, towards: Decoder, away: Decoder, scale: float) -> None:
+        self.towards, self.away, self.scale = towards, away, np.float32(scale)
+
+    def room(self) -> int:
+        return self.towards.room()
+
+    def append(self, tokens: Sequence[int]) -> None:
+        self.towards.append(tokens)
+        self.away.append(tokens)
+
+    def look(self) -> Array:
+        """See `Decoder.look`."""
+        towards, away = self.towards.look(), self.away.look()
+        guided = away + self.scale * (towards - away)
+        guided -= guided.max(-1, keepdims=True)
+        return guided - np.log(np.exp(guided).sum(-1, keepdims=True))
+
+    def undo(self, n: int) -> None:
+        self.towards.undo(n)
+        self.away.undo(n)
+
+    def guess(self) -> Array | None:
+        return self.towards.guess()
+
+    def select(self, kept: Sequence[int]) -> None:
+        self.towards.select(kept)
+        self.away.select(kept)
+
+
 class Written(NamedTuple):
     """A token chosen for a row, and its log-probability before any restriction, in nats."""
 
@@ -285,7 +319,7 @@ class Draft(NamedTuple):
     drawn_by: list[NDArray[np.float64]]
 
 
-def draft_ahead(decoder: Decoder, row: Row, how: Sampling, draft_len: int) -> Draft:
+def draft_ahead(decoder: Decoder | Guided, row: Row, how: Sampling, draft_len: int) -> Draft:
     """Draws tokens by what the counts expect of the only row, and adds them to the decoder. Whether
     one is drawn does not depend on which it is: that would favour some."""
     draft, state, likely = Draft([], []), row.state, 1.0
@@ -309,7 +343,10 @@ def draft_ahead(decoder: Decoder, row: Row, how: Sampling, draft_len: int) -> Dr
 
 
 def decode(
-    decoder: Decoder, how: Sampling, randoms: Sequence[np.random.Generator], draft_len: int = 0
+    decoder: Decoder | Guided,
+    how: Sampling,
+    randoms: Sequence[np.random.Generator],
+    draft_len: int = 0,
 ) -> Iterator[Written]:
     """Goes on with the rows of a decoder until each has ended.
 

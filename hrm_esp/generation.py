@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .data import as_inputs, encode_prompt, pad, prompt_tokens, to_bytes
-from .decoding import Decoder, Written, decode
+from .decoding import Decoder, Guided, Written, decode
 from .device import choose_precision
 from .errors import HRMError
 from .model import Executor, HRMModel
@@ -23,6 +23,7 @@ from .sampling import Sampling
 from .tokenizer import BOS, EOS
 
 DRAFT_LEN = 16
+GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Settings:
     dtype: torch.dtype
     draft_len: int
     plan: torch.Tensor | None  # (P,), instead of the prompt's own
+    guidance: float  # by it
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Settings:
         stop: str | Sequence[str] = (),
         plan_from: str | None = None,
         plan_code: int | Sequence[int] | None = None,
+        guidance: float = GUIDANCE,
         **sampling: Any,
     ) -> Settings:
         """With what depends on the model and on each other filled in."""
@@ -83,6 +86,8 @@ class Settings:
             raise HRMError(f"precision must be auto, fp32 or bf16, not {precision!r}")
         if draft_len < 0:
             raise HRMError(f"draft_len must be 0 (none) or more, not {draft_len}")
+        if not 0 <= guidance <= 100:
+            raise HRMError(f"guidance must be from 0 to 100, not {guidance}")
         if max_new_tokens is None:
             max_new_tokens = max(512, sampling.get("min_new_tokens", 0))
         if temperature is None:
@@ -95,7 +100,8 @@ class Settings:
             **sampling,
         )
         plan = steering_plan(model, plan_from, plan_code)
-        return cls(mode, how, seed, choose_precision(model.device, precision), draft_len, plan)
+        dtype = choose_precision(model.device, precision)
+        return cls(mode, how, seed, dtype, draft_len, plan, guidance)
 
     def random(self, index: int) -> np.random.Generator:
         """Of one of many texts."""
@@ -149,6 +155,8 @@ def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
         precision: of the weights, ``fp32`` or ``bf16``; by default bf16 where the hardware has it.
         plan_from: a text whose plan is to guide the words, instead of the prompt's.
         plan_code: the code whose plan is to; of several codebooks one each.
+        guidance: how far by one of these: 0 is not at all, 1 as if it were the prompt's own plan,
+            more goes further the same way (2).
         draft_len: bytes drafted ahead at most (16), see `decode`; 0: none.
 
     Raises:
@@ -243,7 +251,11 @@ def write(
     begun: int = 0,
 ) -> Iterator[Written]:
     """The tokens of texts written together, as they come, after ``begun`` others."""
-    decoder = new_decoder(model, executor, prompts, settings)
+    towards = new_decoder(model, executor, prompts, settings)
+    decoder: Decoder | Guided = towards
+    if settings.plan is not None and settings.guidance != 1:
+        away = new_decoder(model, executor, prompts, replace(settings, plan=None))
+        decoder = Guided(towards, away, settings.guidance)
     randoms = [settings.random(begun + i) for i in range(len(prompts))]
     return decode(decoder, settings.how, randoms, settings.draft_len)
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hrm_esp.data import Pair, TSVDataset, encode_prompt
 from hrm_esp.decoding import Decoder
 from hrm_esp.errors import HRMError
 from hrm_esp.evaluation import score_pairs
-from hrm_esp.generation import continue_tokens
+from hrm_esp.generation import Settings, continue_tokens, new_decoder
 from hrm_esp.model import HRMModel
 from hrm_esp.sampling import AFTER, Sampling
 from hrm_esp.tokenizer import BOS, EOS
@@ -233,7 +234,7 @@ def test_a_seed_is_a_text_whatever_else_happened() -> None:
 @pytest.mark.parametrize("mode", ["continue", "answer"])
 def test_a_plan_steers_the_words(mode: str) -> None:
     model = random_model(gumbel_hard=True, n_plan_groups=2)
-    asked = {"mode": mode, "seed": 0, "max_new_tokens": 30}
+    asked = {"mode": mode, "seed": 0, "max_new_tokens": 30, "guidance": 1.0}
     own = generate(model, "abc", **asked)
     prompt = torch.tensor([[BOS, *b"abc"] + [EOS] * (mode == "answer")])
     _, logits = model.planner(prompt)
@@ -246,6 +247,37 @@ def test_a_plan_steers_the_words(mode: str) -> None:
     assert steered == generate(model, "abc", plan_code=codes, **asked)
     with pytest.raises(HRMError):
         generate(random_model(gumbel=False), "abc", plan_code=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("draft_len", [0, 16])
+@pytest.mark.parametrize("mode", ["continue", "answer"])
+def test_guidance_goes_as_far_as_asked(mode: str, draft_len: int, scale: float) -> None:
+    """Past max_len, too, and drafted or not."""
+    model = random_model(gumbel_hard=True, memory=True)
+    asked = {"mode": mode, "precision": "fp32", "max_new_tokens": 60, "min_new_tokens": 60}
+    (text,) = generate_batch(
+        model, ["abc"], plan_code=1, guidance=scale, draft_len=draft_len, seed=0, **asked
+    )
+    settings = Settings.of(model, plan_code=1, **asked)
+    towards, away = (
+        new_decoder(model, model.executor, ["abc"], replace(settings, plan=plan))
+        for plan in (settings.plan, None)
+    )
+    for byte, logprob in zip(text.text.encode(), text.logprobs, strict=True):
+        a, b = (d.look()[0, -1].astype(float) for d in (towards, away))
+        guided = b + scale * (a - b)
+        assert logprob == pytest.approx(guided[byte] - np.logaddexp.reduce(guided), abs=1e-3)
+        towards.append([byte])
+        away.append([byte])
+
+
+def test_guided_texts_written_together_are_those_written_alone() -> None:
+    model = random_model()
+    asked = {"plan_code": 1, "seed": 0, "precision": "fp32", "max_new_tokens": 60}
+    texts = [t.text for t in generate_batch(model, ["abc", "", "d" * 50], **asked)]
+    again = generate_batch(model, ["abc", "", "d" * 50], batch_size=1, draft_len=0, **asked)
+    assert texts == [t.text for t in again]
 
 
 def test_line_breaks_in_prompts() -> None:
@@ -275,6 +307,8 @@ def test_prompts_are_brought_to_one_form() -> None:
         {"plan_code": 8},
         {"plan_code": [1, 2]},
         {"plan_code": 1, "plan_from": "a"},
+        {"plan_code": 1, "guidance": -1.0},
+        {"plan_code": 1, "guidance": math.nan},
         {"num_samples": 0},
         {"batch_size": 0},
     ],
