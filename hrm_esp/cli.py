@@ -230,7 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--guidance", type=float, metavar="G",
         help="how far by either: 1 as if it were the prompt's own plan, 0 not at all, more goes "
-        "further, at half the speed (default: 2)",
+        "further, at half the speed (default: 3)",
     )  # fmt: skip
     add("--max_new_tokens", type=int, metavar="N", help="bytes to write at most (default: 512)")
     add(

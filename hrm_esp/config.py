@@ -245,10 +245,10 @@ class PretrainConfig(TrainConfig):
         choices=("line", "blank"),
     )
     planner_view: str = option(
-        "either",
+        "same",
         "data",
-        "the Planner reads the window being written (same), the one before it, or either in turn, "
-        "so that the Executor does not come to rely on a plan of what is not yet written",
+        "the Planner reads the window being written (same), so that the Executor learns what plans "
+        "say, the one before it (previous), or either in turn",
         choices=("same", "previous", "either"),
     )
     grow: bool = option(True, "training", "full windows and batches from the start")

@@ -23,7 +23,7 @@ from .sampling import Sampling
 from .tokenizer import BOS, EOS
 
 DRAFT_LEN = 16
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
         plan_from: a text whose plan is to guide the words, instead of the prompt's.
         plan_code: the code whose plan is to; of several codebooks one each.
         guidance: how far by one of these: 0 is not at all, 1 as if it were the prompt's own plan,
-            more goes further the same way (2).
+            more goes further the same way (3).
         draft_len: bytes drafted ahead at most (16), see `decode`; 0: none.
 
     Raises:

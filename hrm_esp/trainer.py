@@ -58,7 +58,7 @@ EPOCH_SECONDS = 10.0  # at least, between the checkpoints of two epochs of a tim
 # Of foretelling from the plan alone which bytes the Planner read, in whatever order (bag-of-word
 # loss: Zhao et al. 2017, section 3.3). Of each next byte a plan says so little that the Executor
 # would not learn to heed it.
-BAG_WEIGHT = 0.2
+BAG_WEIGHT = 0.6
 SINKHORN_TAU = 0.5  # of `even_shares`: lower is surer of each row's code
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
