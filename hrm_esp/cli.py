@@ -229,8 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--guidance", type=float, metavar="G",
-        help="how far by either: 1 as if it were the prompt's own plan, 0 not at all, more goes "
-        "further, at half the speed (default: 3)",
+        help="how far to follow --plan_from or --plan_code, 0 to 20: 1 is as if it were the "
+        "prompt's own plan, and twice as fast; from about 10 on text falls apart (default: 3)",
     )  # fmt: skip
     add("--max_new_tokens", type=int, metavar="N", help="bytes to write at most (default: 512)")
     add(

@@ -73,7 +73,7 @@ class Settings:
         stop: str | Sequence[str] = (),
         plan_from: str | None = None,
         plan_code: int | Sequence[int] | None = None,
-        guidance: float = GUIDANCE,
+        guidance: float | None = None,
         **sampling: Any,
     ) -> Settings:
         """With what depends on the model and on each other filled in."""
@@ -86,8 +86,12 @@ class Settings:
             raise HRMError(f"precision must be auto, fp32 or bf16, not {precision!r}")
         if draft_len < 0:
             raise HRMError(f"draft_len must be 0 (none) or more, not {draft_len}")
-        if not 0 <= guidance <= 100:
-            raise HRMError(f"guidance must be from 0 to 100, not {guidance}")
+        if guidance is None:
+            guidance = GUIDANCE
+        elif plan_from is None and plan_code is None:
+            raise HRMError("guidance is by plan_from or plan_code: give one")
+        if not 0 <= guidance <= 20:
+            raise HRMError(f"guidance must be from 0 to 20, not {guidance}")
         if max_new_tokens is None:
             max_new_tokens = max(512, sampling.get("min_new_tokens", 0))
         if temperature is None:
@@ -155,8 +159,8 @@ def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
         precision: of the weights, ``fp32`` or ``bf16``; by default bf16 where the hardware has it.
         plan_from: a text whose plan is to guide the words, instead of the prompt's.
         plan_code: the code whose plan is to; of several codebooks one each.
-        guidance: how far by one of these: 0 is not at all, 1 as if it were the prompt's own plan,
-            more goes further the same way (3).
+        guidance: how far to follow one of these, 0 to 20: 1 writes as if it were the prompt's own
+            plan, more goes further the same way (3), at half the speed.
         draft_len: bytes drafted ahead at most (16), see `decode`; 0: none.
 
     Raises:

@@ -234,17 +234,17 @@ def test_a_seed_is_a_text_whatever_else_happened() -> None:
 @pytest.mark.parametrize("mode", ["continue", "answer"])
 def test_a_plan_steers_the_words(mode: str) -> None:
     model = random_model(gumbel_hard=True, n_plan_groups=2)
-    asked = {"mode": mode, "seed": 0, "max_new_tokens": 30, "guidance": 1.0}
+    asked = {"mode": mode, "seed": 0, "max_new_tokens": 30}
     own = generate(model, "abc", **asked)
     prompt = torch.tensor([[BOS, *b"abc"] + [EOS] * (mode == "answer")])
     _, logits = model.planner(prompt)
     code = logits.view(2, -1).argmax(-1).tolist()
-    assert generate(model, "abc", plan_code=code, **asked) == own
+    assert generate(model, "abc", plan_code=code, guidance=1.0, **asked) == own
     texts = {generate(model, "abc", plan_code=[k, k], **asked) for k in range(8)}
     assert len(texts) > 4
     codes = model.planner(torch.tensor([[BOS, *b"dddd", EOS]]))[1].view(2, -1).argmax(-1).tolist()
-    steered = generate(model, "abc", plan_from="dddd", **asked)
-    assert steered == generate(model, "abc", plan_code=codes, **asked)
+    steered = generate(model, "abc", plan_from="dddd", guidance=1.0, **asked)
+    assert steered == generate(model, "abc", plan_code=codes, guidance=1.0, **asked)
     with pytest.raises(HRMError):
         generate(random_model(gumbel=False), "abc", plan_code=0)
 
@@ -274,10 +274,12 @@ def test_guidance_goes_as_far_as_asked(mode: str, draft_len: int, scale: float) 
 
 def test_guided_texts_written_together_are_those_written_alone() -> None:
     model = random_model()
-    asked = {"plan_code": 1, "seed": 0, "precision": "fp32", "max_new_tokens": 60}
-    texts = [t.text for t in generate_batch(model, ["abc", "", "d" * 50], **asked)]
-    again = generate_batch(model, ["abc", "", "d" * 50], batch_size=1, draft_len=0, **asked)
+    asked = {"plan_code": 1, "seed": 0, "precision": "fp32", "stop": ["a", "b"], "temperature": 1.0}
+    prompts = ["abc", "", "d" * 50, "c", "a"]
+    texts = [t.text for t in generate_batch(model, prompts, **asked)]
+    again = generate_batch(model, prompts, batch_size=1, draft_len=0, **asked)
     assert texts == [t.text for t in again]
+    assert len(set(map(len, texts))) > 2  # rows ended at different times
 
 
 def test_line_breaks_in_prompts() -> None:

@@ -18,7 +18,7 @@ from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
 from hrm_esp.errors import HRMError, PeerLost
 from hrm_esp.evaluation import PairScore, evaluate
-from hrm_esp.model import HRMModel
+from hrm_esp.model import HRMModel, Nats
 from hrm_esp.optim import (
     Parameters,
     build_optimizers,
@@ -459,21 +459,18 @@ def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None
         torch.testing.assert_close(weights(two.last)[name], value, rtol=1e-3, atol=1e-4)
 
 
-Nats = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-
-
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true, calls = HRMModel.nats, iter(range(1000))
 
     def sometimes_nan(*args: object, **keywords: object) -> Nats:
-        mixed, alone, codes = true(*args, **keywords)  # type: ignore[arg-type]
-        return mixed, alone * (math.nan if next(calls) % 2 else 1.0), codes
+        cost = true(*args, **keywords)  # type: ignore[arg-type]
+        return cost._replace(alone=cost.alone * (math.nan if next(calls) % 2 else 1.0))
 
     def infinite(*args: object, **keywords: object) -> Nats:
-        mixed, alone, codes = true(*args, **keywords)  # type: ignore[arg-type]
-        return mixed * math.inf, alone, codes
+        cost = true(*args, **keywords)  # type: ignore[arg-type]
+        return cost._replace(mixed=cost.mixed * math.inf)
 
     monkeypatch.setattr(HRMModel, "nats", sometimes_nan)
     result = train_lm(corpus, CONFIG, options(tmp_path / "a"))

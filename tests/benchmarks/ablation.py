@@ -25,7 +25,7 @@ ROWS: dict[str, dict[str, object]] = {
     "no n-gram embeddings": {"ngram_max": 1},
     "full windows and batches from the start": {"grow": False},
     "Planner view: previous": {"planner_view": "previous"},
-    "Planner view: same": {"planner_view": "same"},
+    "Planner view: either": {"planner_view": "either"},
     "continuous plan": {"gumbel": False},
     "straight-through codebook": {"gumbel_hard": True},
     "straight-through, 8 groups of 64": {

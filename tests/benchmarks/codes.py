@@ -6,8 +6,8 @@ written with one code differs from what is written with another.
 Prints the perplexity of the codes of windows and of lines of the text; with ``--val``, of a text
 never trained on, what windows of it cost the network alone with their own plan, with that of the
 window before, and with that of another; and for each pair of the codes used most a permutation
-test: the distance between the trigrams of bytes of the texts written with one and with the other,
-beside those when the same texts are dealt out at random.
+test: the distance between the trigrams of bytes of the texts written with one and with the other
+(and guidance as by default), beside those when the same texts are dealt out at random.
 """
 
 import argparse
