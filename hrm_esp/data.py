@@ -284,6 +284,11 @@ class Batch(NamedTuple):
         """To predict."""
         return int((self.y_out != PAD).sum())
 
+    @property
+    def has_targets(self) -> Tensor:
+        """Which rows have something to predict, (B,) bool."""
+        return (self.y_out != PAD).any(1)
+
     def idle(self) -> Batch:
         """The same with nothing to predict."""
         return self._replace(y_out=torch.full_like(self.y_out, PAD))

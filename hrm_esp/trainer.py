@@ -49,7 +49,6 @@ from .optim import (
     set_learning_rate,
 )
 from .progress import Meter, MetricsLog
-from .tokenizer import PAD
 
 SCORING_SHARE = 0.04  # of the time of a timed run, its first scoring aside
 SAMPLE_LEN = 120  # bytes
@@ -439,11 +438,10 @@ class Trainer:
         set_learning_rate(self.optimizers, lr)
         # Noise is a function of the step alone, so that a resumed run draws what it would have.
         torch.manual_seed(noise_seed(self.options.seed, self.state.step, rank()))
-        texts = [b for b in batches if b.reads_memory is None]
         n_tokens, n_rows, n_texts = summed(
             sum(b.n_tokens for b in batches),
             sum(len(b.y_out) for b in batches),
-            sum(int((b.y_out != PAD).any(1).sum()) for b in texts),
+            sum(int(b.has_targets.sum()) for b in batches if b.reads_memory is None),
         )
         nats, shown, usage = 0.0, 0.0, None
         for i, batch in enumerate(batches):
@@ -459,8 +457,8 @@ class Trainer:
                 # Alone, too, the network is to foretell all: else it learns the counts' leavings.
                 loss = (cost.mixed + cost.alone).sum() / n_tokens
                 if batch.reads_memory is None:
-                    has_targets = (batch.y_out != PAD).any(1)
-                    loss = loss + BAG_WEIGHT * (cost.bag * has_targets).sum() / max(1, n_texts)
+                    bags = (cost.bag * batch.has_targets).sum()
+                    loss = loss + BAG_WEIGHT * bags / max(1, n_texts)
                 if cost.code_logits is not None and last is not None:
                     codes = cost.code_logits.unflatten(-1, (self.model.config.n_plan_groups, -1))
                     chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()

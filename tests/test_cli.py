@@ -213,6 +213,7 @@ BAD = {
     "top_p of zero": ("generate", "--ckpt", "good.pt", "--top_p", "0"),
     "min_p above one": ("generate", "--ckpt", "good.pt", "--min_p", "1.5"),
     "no such code": ("generate", "--ckpt", "good.pt", "--plan_code", "8"),
+    "guided by nothing": ("generate", "--ckpt", "good.pt", "--guidance", "2"),
     "no code": ("generate", "--ckpt", "good.pt", "--plan_code", "a"),
     "empty stop": ("generate", "--ckpt", "good.pt", "--stop", ""),
     "no samples": ("generate", "--ckpt", "good.pt", "--num_samples", "0"),

@@ -309,6 +309,7 @@ def test_prompts_are_brought_to_one_form() -> None:
         {"plan_code": 8},
         {"plan_code": [1, 2]},
         {"plan_code": 1, "plan_from": "a"},
+        {"guidance": 1.0},
         {"plan_code": 1, "guidance": -1.0},
         {"plan_code": 1, "guidance": math.nan},
         {"num_samples": 0},

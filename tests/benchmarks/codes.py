@@ -7,7 +7,7 @@ Prints the perplexity of the codes of windows and of lines of the text; with ``-
 never trained on, what windows of it cost the network alone with their own plan, with that of the
 window before, and with that of another; and for each pair of the codes used most a permutation
 test: the distance between the trigrams of bytes of the texts written with one and with the other
-(and guidance as by default), beside those when the same texts are dealt out at random.
+(``--guidance 1``: by the plan alone), beside those when the same texts are dealt out at random.
 """
 
 import argparse
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=2, help="how many to write with")
     parser.add_argument("--samples", type=int, default=200, help="texts for each code")
     parser.add_argument("--bytes", type=int, default=200, help="of each text")
+    parser.add_argument("--guidance", type=float, help="by the codes; as by default")
     parser.add_argument("--permutations", type=int, default=999)
     args = parser.parse_args()
     model = checked(args.checkpoint, load_model(args.checkpoint))
@@ -136,7 +137,8 @@ def main() -> None:
             text.text
             for text in generate_batch(
                 model, [""], num_samples=args.samples, plan_code=int(code), mode="continue",
-                seed=int(code), max_new_tokens=args.bytes, min_new_tokens=args.bytes,
+                guidance=args.guidance, seed=int(code), max_new_tokens=args.bytes,
+                min_new_tokens=args.bytes,
             )
         ]
         for code in np.argsort(-used["windows"])[: args.codes]
