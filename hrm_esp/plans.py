@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -133,9 +133,30 @@ def draw_map(plans: Plans, out: str) -> None:
     with figure(out, 1, 1, (9, 7)) as panels:
         panel = panels.flat[0]
         panel.scatter(x, y, c=codes, cmap="viridis", s=18, alpha=0.7)
-        for i in np.linspace(0, len(x) - 1, min(len(x), 20)).astype(int):
-            label = plans.texts[i][:24] + ("" if codes is None else f" ({codes[i]})")
-            panel.annotate(label, (x[i], y[i]), fontsize=8, xytext=(3, 3),
-                           textcoords="offset points")  # fmt: skip
         panel.set_xlabel("first principal component")
         panel.set_ylabel("second")
+        some = np.linspace(0, len(x) - 1, min(len(x), 40)).astype(int)
+        of_code = ["" if codes is None else f" ({codes[i]})" for i in some]
+        labels = [plans.texts[i][:24] + code for i, code in zip(some, of_code, strict=True)]
+        label_points(panel, x[some], y[some], labels)
+
+
+def label_points(panel: Any, x: np.ndarray, y: np.ndarray, labels: Sequence[str]) -> list[Any]:
+    """Writes the labels of points beside them, but for those that would cover an earlier one.
+
+    Returns:
+        Those written, as matplotlib's annotations.
+    """
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+    texts = [
+        panel.annotate(label, at, fontsize=8, xytext=(3, 3), textcoords="offset points", bbox=box)
+        for *at, label in zip(x, y, labels, strict=True)
+    ]
+    panel.figure.canvas.draw()  # only then is known how much room each takes
+    kept: list[Any] = []
+    for text in texts:
+        if any(text.get_window_extent().overlaps(other.get_window_extent()) for other in kept):
+            text.remove()
+        else:
+            kept.append(text)
+    return kept

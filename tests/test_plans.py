@@ -1,12 +1,16 @@
 """What is said of plans, on models of the command's own."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TEXT, Run, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hrm_esp.plans import closest, plans_of, report
+from hrm_esp.plans import closest, label_points, plans_of, report
+from hrm_esp.plot import figure
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -31,6 +35,23 @@ def test_a_text_is_closest_to_itself() -> None:
     assert lines[1].split() == ["1.00", "uno", "dos", "~", "uno", "dos"]
     assert len(lines) == 5
     assert len(list(report(plans_of(model, ["solo"])))) == 1
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 10))
+@settings(max_examples=10)
+def test_labels_of_a_map_do_not_overlap(tmp_path_factory: pytest.TempPathFactory, seed: int,
+                                        spread: float) -> None:  # fmt: skip
+    out = tmp_path_factory.mktemp("map") / "map.svg"
+    x, y = spread * np.random.default_rng(seed).standard_normal((2, 30))
+    with figure(str(out), 1, 1, (9, 7)) as panels:
+        panel = panels.flat[0]
+        panel.scatter([-10, 10], [-10, 10])
+        labels = [f"En un lugar {i}" for i in range(30)]
+        kept = label_points(panel, x, y, labels)
+    assert kept[0].get_text() == labels[0]
+    drawn = [text.get_window_extent() for text in panel.texts]
+    assert len(drawn) == len(kept)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(drawn, 2))
 
 
 def test_the_command_shows_codes_and_draws_a_map(trained: Path, run: Run, tmp_path: Path) -> None:
