@@ -64,15 +64,15 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def one_thread(alone: bool = True) -> Iterator[None]:
-    """One CPU thread for what is computed inside, if ``alone``: where there is little to share,
-    others save no time, and waiting for them costs much on a busy machine. PyTorch keeps one number
-    for all threads of the program: one that computes at the same time is affected, too."""
+def at_most(n_threads: int) -> Iterator[None]:
+    """So many CPU threads for what is computed inside, if there are more: where there is little to
+    share, others save no time, and waiting for them costs much on a busy machine. PyTorch keeps one
+    number for all threads of the program: one that computes at the same time is affected, too."""
     before = torch.get_num_threads()
-    if not alone or before == 1:
+    if before <= n_threads:
         yield
         return
-    torch.set_num_threads(1)
+    torch.set_num_threads(n_threads)
     try:
         yield
     finally:

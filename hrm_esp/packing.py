@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Angles, BlockCache, DecoderBlock, Memory, rotate
+from .layers import Angles, BlockCache, DecoderBlock, Memory, Rotary
 from .model import Executor
 
 
@@ -25,10 +25,14 @@ def laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 4)
 
 
-def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(|x|^2 + D eps), (..., D) -> the same: `rms_norm` over the root of D."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length.square_().add_(x.shape[-1] * eps).sqrt_()
+def lengths(x: Tensor, floor: Tensor) -> Tensor:
+    """sqrt(|x|^2 + floor^2), (..., D) -> (..., 1). With a `floor_of` D, x over it is what an
+    `rms_norm` gives over the root of D."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
+
+
+def floor_of(d: int, eps: float = 1e-6) -> Tensor:
+    return torch.tensor((d * eps) ** 0.5)
 
 
 class PackedLinear(nn.Module):
@@ -43,9 +47,24 @@ class PackedLinear(nn.Module):
         return product(x.to(self.dtype), self.weight).to(x.dtype)
 
 
+class PackedRotary(nn.Module):
+    """A Rotary for a `PackedBlock`, whose pairs are complex numbers: it turns them by others."""
+
+    def __init__(self, rotary: Rotary) -> None:
+        super().__init__()
+        half = rotary.cos.shape[-1] // 2
+        self.turns = torch.complex(rotary.cos[..., :half], rotary.sin[..., half:])
+        self.at = rotary.at  # for cross attention, which is as it was
+
+    def forward(self, places: slice | Tensor) -> Tensor:
+        """Of a range of T positions, or of any (..., T) -> (..., T, 1, d / 2) complex."""
+        return self.turns[places]
+
+
 class PackedBlock(nn.Module):
-    """A DecoderBlock for inference, in as few operations as there are: gains of norms are part of
-    the weights, and the feed-forward's products take what is done to each element along."""
+    """A DecoderBlock for inference, in as few operations as there are, and in place: gains of norms
+    are part of the weights, the feed-forward's products take what is done to each element along,
+    and in a head the two of a rotary pair are neighbours."""
 
     def __init__(self, block: DecoderBlock, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,37 +72,42 @@ class PackedBlock(nn.Module):
         self.n_heads, self.head_dim, self.qk_norm = attn.n_heads, attn.head_dim, attn.qk_norm
         self.dtype = dtype
         self.scale = self.head_dim ** (0.5 if self.qk_norm else -0.5)
-        size = block.norm_attn.weight.shape[0] ** 0.5
-        self.wqkv = laid_out(attn.wqkv.weight * block.norm_attn.weight * size, dtype)
+        d = attn.wqkv.in_features
+        self.floor, self.head_floor = floor_of(d), floor_of(self.head_dim)
+        wqkv = attn.wqkv.weight * block.norm_attn.weight * d**0.5
+        pairs = wqkv[: 2 * d].view(2 * self.n_heads, 2, self.head_dim // 2, d)
+        qk = pairs.transpose(1, 2).reshape(2 * d, d)
+        self.wqkv = laid_out(torch.cat((qk, wqkv[2 * d :])), dtype)
         self.attn_out = laid_out(attn.out.weight, dtype)
         self.norm_cross, self.cross = block.norm_cross, copy.deepcopy(block.cross)
         if self.cross is not None:
             for name in ("wq", "wkv", "out"):
                 setattr(self.cross, name, PackedLinear(getattr(self.cross, name), dtype))
-        gate, up = (ffn.gate_up.weight * block.norm_ffn.weight * size).chunk(2)
+        gate, up = (ffn.gate_up.weight * block.norm_ffn.weight * d**0.5).chunk(2)
         self.gate, self.up = laid_out(gate, dtype), laid_out(up, dtype)
         self.ffn_out = laid_out(ffn.out.weight, dtype)
 
     def forward(
         self,
         x: Tensor,
-        angles: Angles | None,
+        turns: Tensor | None,
         memory: Memory | None = None,
         cross_angles: Angles | None = None,
         memory_angles: Angles | None = None,
         cache: BlockCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) float32 -> the same, as `DecoderBlock.forward`."""
+        """(B, T, D) float32 -> the same, as `DecoderBlock.forward`, but for ``turns``: those of a
+        `PackedRotary`."""
         (b, t, d), h = x.shape, self.n_heads
-        low = unit(x).to(self.dtype)
+        low = (x / lengths(x, self.floor)).to(self.dtype)
         qkv = product(low, self.wqkv).to(x.dtype).view(b, t, 3 * h, self.head_dim)
-        qk, v = qkv[:, :, : 2 * h], qkv[:, :, 2 * h :]
+        qk = qkv[:, :, : 2 * h]
         if self.qk_norm:
-            qk = unit(qk)
-        if angles is not None:
-            qk = rotate(qk, angles)
-        q, k, v = qk[:, :, :h].transpose(1, 2), qk[:, :, h:].transpose(1, 2), v.transpose(1, 2)
+            qk.div_(lengths(qk, self.head_floor))
+        if turns is not None:
+            torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turns)
+        q, k, v = qkv.transpose(1, 2).split(h, dim=1)
         if cache is not None:
             k, v = cache.own.append(k, v)
         causal = mask is None and t > 1
@@ -100,10 +124,10 @@ class PackedBlock(nn.Module):
                 memory_angles=memory_angles,
                 cache=None if cache is None else cache.memory,
             )
-        low = unit(x).to(self.dtype)
+        low = (x / lengths(x, self.floor)).to(self.dtype)
         gate = product(low, self.gate, "gelu")
         hidden = torch.ops.mkldnn._linear_pointwise.binary(low, gate, self.up, None, "mul")
-        return x + product(hidden, self.ffn_out)
+        return x.add_(product(hidden, self.ffn_out))
 
 
 def packed(executor: Executor, dtype: torch.dtype) -> Executor:
@@ -113,8 +137,11 @@ def packed(executor: Executor, dtype: torch.dtype) -> Executor:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         dtype = torch.float32
     blocks: Iterable[Any] = executor.blocks
-    twin = copy.copy(executor)
+    twin, positions = copy.copy(executor), copy.copy(executor.positions)
+    if positions.rotary is not None:
+        positions._modules = positions._modules | {"rotary": PackedRotary(positions.rotary)}
     twin._modules = executor._modules | {
+        "positions": positions,
         "blocks": nn.ModuleList(PackedBlock(block, dtype) for block in blocks),
         "lm_head": PackedLinear(executor.lm_head, dtype),
     }
