@@ -21,7 +21,7 @@ from .device import at_most, autocast
 from .layers import Memory, begins_character, characters
 from .lookup import Followers, Reader, order_weights
 from .model import Executor, ExecutorCache, HRMModel
-from .sampling import AFTER, Sampling, draw, probabilities
+from .sampling import AFTER, Sampling, draw, probabilities, sharpened
 from .tokenizer import EOS, PAD
 
 Array = NDArray[np.float32]
@@ -97,7 +97,7 @@ class Decoder:
                 self.characters[i].append(self.characters[i][-1] + begins_character(token))
             if self.counts is None:
                 continue
-            if self._start(len(row)) == self._start(len(row) - 1):
+            if self._forgotten(i, len(row)) == self._forgotten(i, len(row) - 1):
                 self.readers[i].read(token)
             else:
                 self.readers[i] = self._reader(i)
@@ -115,15 +115,16 @@ class Decoder:
         if cache.offset is not None and cache.length + n > cache.capacity:
             cache.shift(cache.length - self.config.max_len - 1)
         self.cache = cache
-        with self._threads(n), autocast(self.device, self.dtype):
+        read = n if cache.length else len(self.rows[0]) - starts[0]
+        with self._threads(read), autocast(self.device, self.dtype):
             states = self.executor.read(
-                self._ids(row[-n:] for row in self.rows),
+                self._ids(row[-read:] for row in self.rows),
                 self.plan,
                 self.memory,
                 cache,
-                self._places(every, -n, None),
-                self._ids(self._last(i) for i in every),
-            )
+                self._places(every, -read, None),
+                self._ids(self._last(i, read) for i in every),
+            )[:, -n:]
             logits = self.executor.lm_head(states)
             if self.counts is not None:
                 self.hints = self.counts.by_state(states).float().cpu().numpy()
@@ -178,20 +179,23 @@ class Decoder:
             self.cache.select(at)
 
     def _threads(self, n: int) -> AbstractContextManager[None]:
-        """For n new tokens of each row. Measured on two cores: two threads are a third faster for
-        the tokens of a draft, and slower for one."""
-        return at_most(1 if n < 4 else 2) if len(self.rows) == 1 else nullcontext()
+        """For n tokens of each row. Measured on two cores: two threads are a third faster for those
+        of a draft, and slower for one."""
+        few = len(self.rows) == 1 and n < 64
+        return at_most(1 if n < 4 else 2) if few else nullcontext()
 
     def _start(self, n_tokens: int) -> int:
         return window_start(n_tokens, self.config.max_len)
 
+    def _forgotten(self, i: int, n_tokens: int) -> int:
+        """How much of what was read in a row and before it the counts no longer take in, once the
+        row has ``n_tokens``."""
+        return max(0, len(self.before[i]) + self._start(n_tokens) - self.config.recent_len)
+
     def _reader(self, i: int) -> Reader:
         assert self.counts is not None
         row = self.rows[i]
-        start = self._start(len(row))
-        past = self.before[i] + row[:start]
-        past = past[max(0, len(past) - self.config.recent_len) :]
-        return Reader(self.counts.table(), past + row[start:])
+        return Reader(self.counts.table(), (self.before[i] + row)[self._forgotten(i, len(row)) :])
 
     def _memory(self, rows: Tensor) -> Memory | None:
         if self.memory is None:
@@ -202,10 +206,10 @@ class Decoder:
     def _ids(self, rows: Iterable[list[int]]) -> Tensor:
         return torch.tensor(list(rows), dtype=torch.long, device=self.device)
 
-    def _last(self, i: int) -> list[int]:
-        """The tokens before the new ones that the n-gram embeddings reach, PAD on the left."""
+    def _last(self, i: int, n: int) -> list[int]:
+        """The tokens before the last n that the n-gram embeddings reach, PAD on the left."""
         reach, row = self.config.ngram_max - 1, self.rows[i]
-        end = len(row) - self.n_new
+        end = len(row) - n
         last = row[max(self.starts[i], end - reach) : end]
         return [PAD] * (reach - len(last)) + last
 
@@ -216,14 +220,15 @@ class Decoder:
         return self._ids(self.characters[i][self.starts[i] :][begin:end] for i in rows)
 
     def _begin(self, moved: list[int]) -> ExecutorCache:
-        """Reads anew, but for the new tokens, the windows of the rows whose windows moved."""
+        """Reads anew, but for the new tokens, the windows of the rows whose windows moved; where all
+        did and are of one length, the cache is empty, for all to be read at once."""
         groups: dict[int, list[int]] = {}  # those of one length together
         for i in moved:
             groups.setdefault(len(self.rows[i]) - self.starts[i], []).append(i)
         if self.cache is not None and len(moved) < len(self.rows):  # beside those that did not
             cache, end = self.cache, self.cache.length
-        elif len(groups) == 1:  # all rows, and all of one length
-            return self._read(moved)
+        elif len(groups) == 1:
+            return self._new_cache(self.config.max_len + 1, self.memory)
         else:  # all rows, to end together; room for as many steps again before they are shifted
             cache = self._new_cache(2 * (self.config.max_len + 1), self.memory)
             end = 1 + max(groups) - self.n_new  # PLAN, too
@@ -238,10 +243,9 @@ class Decoder:
         memory = self._memory(at)
         cache = self._new_cache(self.config.max_len + 1, memory)
         ids = self._ids(self.rows[i][self.starts[i] : -self.n_new] for i in rows)
-        if ids.shape[1] or len(rows) < len(self.rows):
-            places = self._places(rows, None, -self.n_new)
-            with autocast(self.device, self.dtype):
-                self.executor.read(ids, self.plan[at], memory, cache, places)
+        places = self._places(rows, None, -self.n_new)
+        with autocast(self.device, self.dtype):
+            self.executor.read(ids, self.plan[at], memory, cache, places)
         return cache
 
     def _new_cache(self, capacity: int, memory: Memory | None) -> ExecutorCache:
@@ -331,15 +335,15 @@ def draft_ahead(decoder: Decoder | Guided, row: Row, how: Sampling, draft_len: i
     draft, state, likely = Draft([], []), row.state, 1.0
     limit = min(draft_len, how.max_new_tokens - len(row.written) - 1, decoder.room())
     while len(draft.tokens) < limit and (expected := decoder.guess()) is not None:
+        end = float(expected[EOS])
+        expected *= how.allowed(state, len(row.written) + len(draft.tokens))
+        expected[EOS] = 0  # nothing can be drafted after it
         mass = float(expected.sum())
         # How often a draft is kept, measured on Don Quijote by the share of the counts.
-        likely *= 0.7 + 0.27 * mass
-        if likely < WORTH or expected[EOS] > mass / 2:
+        likely *= 0.7 + 0.27 * (mass + end)
+        if mass <= end or likely < WORTH:
             break
-        allowed = how.allowed(state, len(row.written) + len(draft.tokens))
-        logprobs = np.where(allowed, np.log(expected + TINY), -np.inf)
-        logprobs[EOS] = -np.inf  # nothing can be drafted after it
-        p = probabilities(logprobs, how)
+        p = sharpened(expected, how)
         token = draw(p, row.random.random())
         decoder.append([token])
         draft.tokens.append(token)

@@ -85,6 +85,9 @@ def _utf8_tables() -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
 ALLOWED, AFTER = _utf8_tables()
 
 
+COLDEST = 1e-30  # a temperature; those below would overflow
+
+
 def probabilities(logits: NDArray[np.float32], how: Sampling) -> NDArray[np.float64]:
     """Logits (..., V), -inf where forbidden -> the probabilities to choose by, (..., V).
 
@@ -97,7 +100,18 @@ def probabilities(logits: NDArray[np.float32], how: Sampling) -> NDArray[np.floa
         weights = np.zeros_like(scaled)
         np.put_along_axis(weights, scaled.argmax(-1, keepdims=True), 1, -1)
         return weights
-    weights = np.exp(scaled / max(how.temperature, 1e-30))
+    return restricted(np.exp(scaled / max(how.temperature, COLDEST)), how)
+
+
+def sharpened(p: NDArray[np.float32], how: Sampling) -> NDArray[np.float64]:
+    """As `probabilities`, from probabilities or any multiple of them, (..., V), 0 where forbidden;
+    at temperature 0 the likeliest share alike."""
+    weights = (p / p.max(-1, keepdims=True)) ** (1 / max(how.temperature, COLDEST))
+    return restricted(weights.astype(np.float64), how)
+
+
+def restricted(weights: NDArray[np.float64], how: Sampling) -> NDArray[np.float64]:
+    """Weights (..., V), the largest one, of which some are chosen -> probabilities, (..., V)."""
     if 0 < how.top_k < weights.shape[-1]:
         smallest = np.partition(weights, -how.top_k)[..., -how.top_k, None]
         weights[weights < smallest] = 0
@@ -108,7 +122,7 @@ def probabilities(logits: NDArray[np.float32], how: Sampling) -> NDArray[np.floa
         ordered[before >= how.top_p * ordered.sum(-1, keepdims=True)] = 0
         np.put_along_axis(weights, order, ordered, -1)
     if how.min_p > 0:
-        weights[weights < how.min_p] = 0  # the largest is one
+        weights[weights < how.min_p] = 0
     return weights / weights.sum(-1, keepdims=True)
 
 
