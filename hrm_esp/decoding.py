@@ -220,8 +220,8 @@ class Decoder:
         return self._ids(self.characters[i][self.starts[i] :][begin:end] for i in rows)
 
     def _begin(self, moved: list[int]) -> ExecutorCache:
-        """Reads anew, but for the new tokens, the windows of the rows whose windows moved; where all
-        did and are of one length, the cache is empty, for all to be read at once."""
+        """Reads anew, but for the new tokens, the windows of the rows whose windows moved. If all
+        did and are of one length, nothing is read yet: it can be together with the new ones."""
         groups: dict[int, list[int]] = {}  # those of one length together
         for i in moved:
             groups.setdefault(len(self.rows[i]) - self.starts[i], []).append(i)

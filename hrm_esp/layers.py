@@ -130,27 +130,29 @@ def hash_factors(longest: int) -> Tensor:
     return torch.tensor(factors, dtype=torch.uint64).view(torch.int64)
 
 
-def ngram_hashes(ids: Tensor, longest: int, reach: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def ngram_hashes(ids: Any, longest: int, reach: int = 0) -> Iterator[tuple[Any, Any]]:
     """Rolling hashes of the last 1, 2, ... ``longest`` tokens at each position but the first
     ``reach``.
 
     N-grams begin anew at BOS: a longer one takes in nothing before it, and is not complete.
 
     Args:
-        ids: (B, reach + T); PAD for what is not there.
+        ids: (B, reach + T); PAD for what is not there. An array, too, where that reaches far
+            enough.
 
     Yields:
         For each length the hashes, (B, T) int64, and which n-grams are complete, (B, T) bool.
     """
-    n = ids.shape[1]
-    ids = F.pad(ids, (max(0, longest - 1 - reach), 0), value=PAD)
-    first = ids.shape[1] - n + reach
-    digest = torch.zeros_like(ids[:, first:])
-    inside = torch.ones_like(digest, dtype=torch.bool)
+    n, short = ids.shape[1] - reach, longest - 1 - reach
+    if short > 0:
+        ids = F.pad(ids, (short, 0), value=PAD)
+    end = ids.shape[1]
+    digest: Any = 0
+    inside: Any = True
     for k in range(longest):
-        token = ids[:, first - k : ids.shape[1] - k]
+        token = ids[:, end - n - k : end - k]
         inside = inside & (token != PAD)
-        digest = digest * HASH_FACTOR + torch.where(inside, token + 1, 0)  # int64 wraps around
+        digest = digest * HASH_FACTOR + (token + 1) * inside  # int64 wraps around
         yield digest, inside
         inside = inside & (token != BOS)
 
@@ -165,20 +167,15 @@ class NgramEmbedding(nn.Module):
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
-        self.orders, self.rows = tuple(range(2, config.ngram_max + 1)), 2**config.ngram_bits
+        self.longest, self.rows = config.ngram_max, 2**config.ngram_bits
         self.dropout = config.ngram_dropout
-        nothing = torch.zeros(len(self.orders) * self.rows, config.d_model)
+        nothing = torch.zeros((self.longest - 1) * self.rows, config.d_model)
         self.table = nn.EmbeddingBag.from_pretrained(nothing, freeze=False, mode="sum", sparse=True)
-        orders = torch.tensor(self.orders)
-        self.register_buffer("first_rows", (orders - 2) * self.rows, persistent=False)
-        self.register_buffer("factors", hash_factors(config.ngram_max)[1:], persistent=False)
-
-    factors: Tensor  # (orders, longest)
-    first_rows: Tensor  # (orders,)
 
     def forward(self, ids: Tensor, before: Tensor) -> Tensor:
         """ids: (B, T), after the tokens ``before`` (B, R) -> (B, T, D)."""
-        index = self.index(ids, before)
+        reach = before.shape[1]
+        index = torch.stack(self.index(torch.cat((before, ids), dim=1), reach), dim=-1)
         weights = None
         if self.training and self.dropout:
             kept = torch.rand(index.shape, device=ids.device) >= self.dropout
@@ -190,18 +187,14 @@ class NgramEmbedding(nn.Module):
             summed = (vectors if weights is None else vectors * weights[..., None]).sum(1)
         return summed.view(*ids.shape, self.table.embedding_dim)
 
-    def index(self, ids: Tensor, before: Tensor) -> Tensor:
-        """ids: (B, T), after ``before`` (B, R) -> rows of the table, (B, T, orders)."""
-        longest, n = self.orders[-1], ids.shape[1]
-        window = torch.cat((before, ids), dim=1)[:, -n - longest :]  # one more: T may be 0
-        window = F.pad(window, (n + longest - window.shape[1], 0), value=PAD)
-        last = window.unfold(1, longest, 1)[:, 1:].flip(-1)  # (B, T, longest), the token first
-        outside = last == PAD
-        outside[..., 1:] |= last[..., :-1] == BOS
-        values = (last + 1).masked_fill_(outside.cumsum(-1) > 0, 0)
-        digest = (values[..., None, :] * self.factors).sum(-1)
-        mixed = (digest ^ (digest >> 29)) * 0x9E3779B97F4A7C1 >> 24
-        return mixed % self.rows + self.first_rows
+    def index(self, ids: Any, reach: int) -> list[Any]:
+        """ids: (B, reach + T), as of `ngram_hashes` -> for each order rows of the table, (B, T)."""
+        rows = []
+        for k, (digest, _) in enumerate(ngram_hashes(ids, self.longest, reach)):
+            if k:
+                mixed = (digest ^ (digest >> 29)) * 0x9E3779B97F4A7C1 >> 24
+                rows.append(mixed % self.rows + (k - 1) * self.rows)
+        return rows
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:

@@ -144,7 +144,7 @@ def test_equal_ngrams_have_equal_rows_and_others_others() -> None:
     embedding = NgramEmbedding(HRMConfig(ngram_max=5, ngram_bits=24, d_model=2, n_heads=1))
     chance = random.Random(0)
     ids = [BOS, *(chance.choice([97, 98, BOS, 255]) for _ in range(400))]
-    rows = embedding.index(torch.tensor([ids]), torch.empty(1, 0, dtype=torch.long))[0]
+    rows = torch.stack(embedding.index(torch.tensor([ids]), 0), dim=-1)[0]
     row_of: dict[tuple[int, tuple[int, ...]], int] = {}
     for place, order in itertools.product(range(len(ids)), range(2, 6)):
         row = int(rows[place, order - 2])
