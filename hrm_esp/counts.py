@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -171,33 +170,33 @@ class NgramCounts(nn.Module):
             self._table = self.entries, made
         return self._table[1]
 
-    def followers(self, ids: Tensor, past: Tensor | None = None) -> list[list[Followers]]:
-        """What came after the contexts at each of ids (B, T), after ``past`` (B, R), if any."""
-        found = []
+    def followers(self, ids: Tensor, past: Tensor | None = None) -> Followers:
+        """What came after the contexts at each of ids (B, T), after ``past`` (B, R), if any; of the
+        B * T places."""
+        places = []
         before = self._nearest(ids[:, :0] if past is None else past).tolist()
         for row, known in zip(ids.tolist(), before, strict=True):
-            reader, places = Reader(self.table(), known), []
+            reader = Reader(self.table(), known)
             for token in row:
                 reader.read(token)
-                places.append(reader.followers())
-            found.append(places)
-        return found
+                places.append(reader.place())
+        return self.table().followers(places)
 
-    def mix(self, logits: Tensor, states: Tensor, found: Sequence[Sequence[Followers]]) -> Tensor:
+    def mix(self, logits: Tensor, states: Tensor, found: Followers) -> Tensor:
         """The network's logits (B, T, V) -> the log-probabilities of the mixture, (B, T, V). For
         any weights and gradients, a place at a time: training and writing have faster ways.
 
         Args:
             states: (B, T, D), the network's.
-            found: what followed the contexts at each place, B rows of T.
+            found: what followed the contexts at each of the B * T places.
         """
-        met, shares = (
-            torch.from_numpy(np.array(part).reshape(*states.shape[:2], *part[0].shape))
-            for part in zip(*chain.from_iterable(found), strict=True)
+        times, distinct, context, token, share = (
+            torch.from_numpy(part).to(states.device) for part in found
         )
-        met, shares = met.to(states.device), shares.to(states.device)
-        rest, weights = self._shares(met[:, :, 0], met[:, :, 1], states)
-        counted = (weights[..., None] * shares).sum(-2)  # a product would be in a lower precision
+        shape = (*states.shape[:2], -1)
+        rest, weights = self._shares(times.view(shape), distinct.view(shape), states)
+        counted = torch.zeros_like(logits, dtype=torch.float32).flatten()
+        counted = counted.index_add(0, token, weights.flatten()[context] * share).view_as(logits)
         return torch.addcmul(counted, logits.float().softmax(-1), rest[..., None]).log()
 
     def _nearest(self, past: Tensor) -> Tensor:

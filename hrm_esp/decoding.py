@@ -19,7 +19,7 @@ from torch import Tensor
 from .counts import SURE
 from .device import at_most, autocast
 from .layers import Memory, begins_character, characters
-from .lookup import Followers, Reader, order_weights
+from .lookup import Place, Reader, order_weights
 from .model import Executor, ExecutorCache, HRMModel
 from .sampling import AFTER, Sampling, draw, probabilities, sharpened
 from .tokenizer import EOS, PAD
@@ -74,12 +74,13 @@ class Decoder:
         self.n_new = 1  # tokens at the end of each row that `look` has not seen
         self.cache: ExecutorCache | None = None
         self.readers: list[Reader] = []
-        self.found: list[list[Followers]] = []  # for each row, of the new tokens: until `look`
+        self.found: list[list[Place]] = []  # for each row, of the new tokens: until `look`
         self.hints: Array | None = None  # (B, T, N): how the counts were trusted there
         if self.counts is not None:
-            self.gains = self.counts.by_count.detach().cpu().numpy().T.copy()
+            self.table = self.counts.table()
+            self.gains = self.counts.by_count.detach().cpu().numpy()
             self.readers = [self._reader(i) for i in range(len(rows))]
-            self.found = [[reader.followers()] for reader in self.readers]
+            self.found = [[reader.place()] for reader in self.readers]
 
     def room(self) -> int:
         """How many tokens may be guessed after the only new one: all must be of one window, and
@@ -101,7 +102,7 @@ class Decoder:
                 self.readers[i].read(token)
             else:
                 self.readers[i] = self._reader(i)
-            self.found[i].append(self.readers[i].followers())
+            self.found[i].append(self.readers[i].place())
         self.n_new += 1
 
     @torch.inference_mode()
@@ -132,14 +133,12 @@ class Decoder:
         logprobs: Array = logits.float().log_softmax(-1).cpu().numpy()
         if self.hints is None:
             return logprobs
-        met, shares = (
-            np.array(part).reshape(*logits.shape[:2], *part[0].shape)
-            for part in zip(*chain.from_iterable(self.found), strict=True)
-        )
+        found = self.table.followers(list(chain.from_iterable(self.found)))
         self.found = [[] for _ in every]
-        weights = SURE * order_weights(met, self.gains, self.hints)
+        times, distinct = (part.reshape(self.hints.shape) for part in found[:2])
+        weights = SURE * order_weights(times, distinct, self.gains, self.hints)
         rest = 1 - weights.sum(-1, keepdims=True)
-        counted = (weights[..., None, :] @ shares)[..., 0, :]
+        counted = found.expected(weights).reshape(logprobs.shape)
         mixed = np.exp(logprobs) * rest + counted
         # What was never counted is not taken through an exponential, where it could vanish.
         return np.where(counted > 0, np.log(mixed + TINY), logprobs + np.log(rest))
@@ -158,13 +157,13 @@ class Decoder:
         if self.hints is not None:
             self.hints = self.hints[:, :-n]
 
-    def guess(self) -> Array | None:
-        """What the counts alone expect after the only row's last token, (V,), in sum at most one;
-        how far they are trusted is taken from where was looked last."""
+    def guess(self) -> dict[int, float]:
+        """What the counts alone expect after the only row's last token, as probabilities, in sum at
+        most one; how far they are trusted is taken from where was looked last."""
         if self.hints is None:
-            return None
-        met, shares = self.found[0][-1]
-        return order_weights(met, self.gains, self.hints[0, -1]) @ shares
+            return {}
+        hints = self.hints[0, -1].tolist()
+        return self.table.guess(self.found[0][-1], self.gains.tolist(), hints)
 
     @torch.inference_mode()
     def select(self, kept: Sequence[int]) -> None:
@@ -193,9 +192,8 @@ class Decoder:
         return max(0, len(self.before[i]) + self._start(n_tokens) - self.config.recent_len)
 
     def _reader(self, i: int) -> Reader:
-        assert self.counts is not None
         row = self.rows[i]
-        return Reader(self.counts.table(), (self.before[i] + row)[self._forgotten(i, len(row)) :])
+        return Reader(self.table, (self.before[i] + row)[self._forgotten(i, len(row)) :])
 
     def _memory(self, rows: Tensor) -> Memory | None:
         if self.memory is None:
@@ -278,7 +276,7 @@ class Guided:
         self.towards.undo(n)
         self.away.undo(n)
 
-    def guess(self) -> Array | None:
+    def guess(self) -> dict[int, float]:
         return self.towards.guess()
 
     def select(self, kept: Sequence[int]) -> None:
@@ -322,33 +320,39 @@ class Row:
 WORTH = 0.2  # a draft less likely to be kept than this is not made longer
 
 
-class Draft(NamedTuple):
-    """Tokens drawn to come next, and the probabilities each was drawn by, (V,)."""
+class Drafted(NamedTuple):
+    """A token drawn to come next, its probability, and those of all it was drawn from."""
 
-    tokens: list[int]
-    drawn_by: list[NDArray[np.float64]]
+    token: int
+    chance: float
+    choices: list[int]
+    chances: NDArray[np.float64]
 
 
-def draft_ahead(decoder: Decoder | Guided, row: Row, how: Sampling, draft_len: int) -> Draft:
+def draft_ahead(
+    decoder: Decoder | Guided, row: Row, how: Sampling, draft_len: int
+) -> list[Drafted]:
     """Draws tokens by what the counts expect of the only row, and adds them to the decoder. Whether
     one is drawn does not depend on which it is: that would favour some."""
-    draft, state, likely = Draft([], []), row.state, 1.0
+    draft: list[Drafted] = []
+    state, likely = row.state, 1.0
     limit = min(draft_len, how.max_new_tokens - len(row.written) - 1, decoder.room())
-    while len(draft.tokens) < limit and (expected := decoder.guess()) is not None:
-        end = float(expected[EOS])
-        expected *= how.allowed(state, len(row.written) + len(draft.tokens))
-        expected[EOS] = 0  # nothing can be drafted after it
-        mass = float(expected.sum())
+    while len(draft) < limit:
+        expected = decoder.guess()
+        end = expected.pop(EOS, 0.0)  # nothing can be drafted after it
+        allowed = how.allowed(state, len(row.written) + len(draft))
+        choices = [token for token in expected if allowed[token]]
+        masses = [expected[token] for token in choices]
+        mass = sum(masses)
         # How often a draft is kept, measured on Don Quijote by the share of the counts.
         likely *= 0.7 + 0.27 * (mass + end)
         if mass <= end or likely < WORTH:
             break
-        p = sharpened(expected, how)
-        token = draw(p, row.random.random())
-        decoder.append([token])
-        draft.tokens.append(token)
-        draft.drawn_by.append(p)
-        state = int(AFTER[state, token])
+        chances = sharpened(np.array(masses), how)
+        drawn = draw(chances, row.random.random())
+        draft.append(Drafted(choices[drawn], float(chances[drawn]), choices, chances))
+        decoder.append([choices[drawn]])
+        state = int(AFTER[state, choices[drawn]])
     return draft
 
 
@@ -369,25 +373,26 @@ def decode(
     """
     rows = [Row(i, random) for i, random in enumerate(randoms)]
     while rows:
-        draft = Draft([], [])
-        if len(rows) == 1:
-            draft = draft_ahead(decoder, rows[0], how, draft_len)
+        draft = draft_ahead(decoder, rows[0], how, draft_len) if len(rows) == 1 else []
+        tokens = [drafted.token for drafted in draft]
         logprobs = decoder.look()
-        allowed = np.array([list(row.allowed(how, draft.tokens)) for row in rows])
+        allowed = np.array([list(row.allowed(how, tokens)) for row in rows])
         p = probabilities(np.where(allowed, logprobs, -np.inf), how)
         kept, last = 0, p[:, 0]
-        for token, drawn_by in zip(*draft, strict=True):
-            if rows[0].random.random() * drawn_by[token] >= p[0, kept, token]:
-                left = np.maximum(p[:, kept] - drawn_by, 0)
-                last = left if left.any() else p[:, kept]  # nothing is left by rounding alone
+        for token, chance, choices, chances in draft:
+            if rows[0].random.random() * chance >= p[0, kept, token]:
+                left = last.copy()
+                left[0, choices] -= chances
+                if (left > 0).any():  # else by rounding alone
+                    last = np.maximum(left, 0)
                 break
             kept += 1
             last = p[:, kept]
-        decoder.undo(len(draft.tokens) - kept)
+        decoder.undo(len(draft) - kept)
         chosen = [draw(w, row.random.random()) for w, row in zip(last, rows, strict=True)]
         going = []
         for i, row in enumerate(rows):
-            for place, token in enumerate([*draft.tokens[:kept], chosen[i]]):
+            for place, token in enumerate([*tokens[:kept], chosen[i]]):
                 yield Written(row.index, token, float(logprobs[i, place, token]))
                 if not row.add(token, how):
                     break

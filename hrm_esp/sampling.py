@@ -103,11 +103,10 @@ def probabilities(logits: NDArray[np.float32], how: Sampling) -> NDArray[np.floa
     return restricted(np.exp(scaled / max(how.temperature, COLDEST)), how)
 
 
-def sharpened(p: NDArray[np.float32], how: Sampling) -> NDArray[np.float64]:
+def sharpened(p: NDArray[np.float64], how: Sampling) -> NDArray[np.float64]:
     """As `probabilities`, from probabilities or any multiple of them, (..., V), 0 where forbidden;
     at temperature 0 the likeliest share alike."""
-    weights = (p / p.max(-1, keepdims=True)) ** (1 / max(how.temperature, COLDEST))
-    return restricted(weights.astype(np.float64), how)
+    return restricted((p / p.max(-1, keepdims=True)) ** (1 / max(how.temperature, COLDEST)), how)
 
 
 def restricted(weights: NDArray[np.float64], how: Sampling) -> NDArray[np.float64]:

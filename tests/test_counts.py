@@ -10,11 +10,11 @@ from conftest import CONFIG, TEXT, random_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_esp import counts
+from hrm_esp import counts, lookup
 from hrm_esp.config import HRMConfig
 from hrm_esp.counts import NgramCounts
 from hrm_esp.data import as_inputs, as_targets
-from hrm_esp.lookup import Reader, order_weights
+from hrm_esp.lookup import Place, Reader, order_weights
 from hrm_esp.tokenizer import BOS, PAD
 
 TABLE, JUST_READ = [2, 3, 4, 5, 6, 7, 8], [4, 6]
@@ -113,18 +113,19 @@ def test_the_table_is_what_counting_gives(text: str, here: str, begin: int) -> N
 def test_what_was_read_can_be_taken_back(text: str, here: str, n: int) -> None:
     ids = as_inputs(np.frombuffer(here.encode(), dtype=np.uint8)).tolist()
     reader = Reader(table(text.encode()).table(), ids[:-n])
-    before = reader.followers()
+    before = reader.place()
     for _ in range(2):
         for token in ids[-n:]:
             reader.read(token)
-        for one, other in zip(
-            reader.followers(), Reader(reader.table, ids).followers(), strict=True
-        ):
-            np.testing.assert_allclose(one, other)
+        same(reader.place(), Reader(reader.table, ids).place())
         for _ in range(n):
             reader.unread()
-    for one, other in zip(reader.followers(), before, strict=True):
-        np.testing.assert_array_equal(one, other)
+    same(reader.place(), before)
+
+
+def same(one: Place, other: Place) -> None:
+    np.testing.assert_array_equal(one.bounds, other.bounds)
+    assert one.recent == other.recent
 
 
 @settings(max_examples=40)
@@ -134,14 +135,19 @@ def test_orders_weigh_as_in_the_mixture(text: str, here: str, seed: int) -> None
     made = table(text.encode(), seed)
     ids = torch.from_numpy(as_inputs(np.frombuffer(here.encode(), dtype=np.uint8)))[None]
     state = torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(seed))
-    ((*_, found),) = made.followers(ids)
+    reader = Reader(made.table(), ids[0].tolist())
+    found = made.table().followers([reader.place()])
     with torch.no_grad():
-        mixed = made.mix(torch.zeros(1, 1, 260), state, [[found]]).exp()[0, 0]
+        mixed = made.mix(torch.zeros(1, 1, 260), state, found).exp()[0, 0]
         hint = made.by_state(state)[0, 0].numpy()
-    weights = order_weights(found.met, made.by_count.detach().numpy().T, hint)
-    expected = weights @ found.shares
+    gains = made.by_count.detach().numpy()
+    expected = found.expected(order_weights(found.times, found.distinct, gains, hint))[0]
     rest = 1 - counts.SURE * expected.sum()
     np.testing.assert_allclose(mixed, counts.SURE * expected + rest / 260, rtol=1e-3)
+    guessed = made.table().guess(reader.place(), gains.tolist(), hint.tolist())
+    for token, p in enumerate(expected):
+        assert p - lookup.LITTLE - 1e-5 < guessed.get(token, 0) < p + 1e-5
+    assert sum(guessed.values()) > expected.sum() - lookup.LITTLE - 1e-5
 
 
 @settings(max_examples=40)
