@@ -79,6 +79,7 @@ class Decoder:
         if self.counts is not None:
             self.table = self.counts.table()
             self.gains = self.counts.by_count.detach().cpu().numpy()
+            self.gains_of = self.gains.tolist()
             self.readers = [self._reader(i) for i in range(len(rows))]
             self.found = [[reader.place()] for reader in self.readers]
 
@@ -163,7 +164,7 @@ class Decoder:
         if self.hints is None:
             return {}
         hints = self.hints[0, -1].tolist()
-        return self.table.guess(self.found[0][-1], self.gains.tolist(), hints)
+        return self.table.guess(self.found[0][-1], self.gains_of, hints)
 
     @torch.inference_mode()
     def select(self, kept: Sequence[int]) -> None:

@@ -318,8 +318,9 @@ class MHA(nn.Module):
 
         Args:
             angles: of the positions of ``x``.
-            mask: bool, broadcast to (B, H, T, S), the keys that may be read, the cache's first; by
-                default all, or if causal, where nothing is in the cache, those up to the query's.
+            mask: bool, broadcast to (B, H, T, S), the keys that may be read, the cache's first, or
+                without gradients what is added to their scores; by default all may, or if causal,
+                where nothing is in the cache, those up to the query's.
             cache: holds what came before ``x`` and takes its keys and values in.
         """
         h = self.n_heads

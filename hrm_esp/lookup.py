@@ -6,9 +6,9 @@ vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from math import exp, log1p
+from operator import sub
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from .layers import hash_factors, ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 TOKEN_BITS = 9
-LITTLE = 0.02  # of a distribution: too little for a guess to look for
+LITTLE = 0.1  # of a distribution: too little for a guess to look for
 
 
 class Place(NamedTuple):
@@ -186,29 +186,26 @@ class Table:
         the counts' share; where nearly all is the longer contexts', without the shorter ones.
         Faster than `followers`, but inexact."""
         expected: dict[int, float] = {}
-        left = 1.0
-        bounds = place.bounds.tolist()
+        left, bounds = 1.0, place.bounds.tolist()
         for row in range(len(self.by_kind) - 1, -1, -1):
             kind = self.kinds[row]
             if kind >= len(self.rows):
                 if not (after := place.recent.get(row)):
                     continue
-                tokens: Iterable[int] = after
-                often = list(after.values())
-                times = sum(often)
+                tokens, often = list(after), list(after.values())
             elif kind < len(bounds) and bounds[kind][0] < bounds[kind][1]:
                 begin, end = bounds[kind]
                 tokens = (self.entries[begin:end] & self.last).tolist()
                 until = self.cumulative[begin : end + 1].tolist()
-                often = [b - a for a, b in pairwise(until)]
-                times = until[-1] - until[0]
+                often = list(map(sub, until[1:], until))
             else:
                 continue
+            times = sum(often)
             of_times, of_distinct, always = gains[row]
             score = of_times * log1p(times) + of_distinct * log1p(len(often)) + always + hints[row]
             weight = 1 / (1 + exp(min(-score, 80)))
             share = left * weight / times
-            for token, n in zip(tokens, often, strict=True):
+            for token, n in zip(tokens, often):  # noqa: B905
                 expected[token] = expected.get(token, 0) + share * n
             left *= 1 - weight
             if left < LITTLE:

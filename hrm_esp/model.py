@@ -219,17 +219,18 @@ class ExecutorCache:
             return None
         return self.length - self.offset[:, None] + torch.arange(n, device=self.offset.device)
 
-    def mask(self, n: int, device: torch.device) -> Tensor | None:
-        """Which keys the next n tokens may read, (n, length + n) or, where rows differ in them and
-        take one token at a time, (B, 1, 1, length + 1); None: all, or in an empty cache those up to
-        their own."""
+    def mask(self, x: Tensor) -> Tensor | None:
+        """What is added to the scores of the keys for the next n tokens x (B, n, D): 0 where they
+        may be read, else -inf. (n, length + n) or, where rows differ and take one token at a time,
+        (B, 1, 1, length + 1); None: all may, or in an empty cache those up to their own."""
+        n = x.shape[1]
         if self.offset is not None:
             assert n == 1
-            slots = torch.arange(self.length + 1, device=device)
-            return (slots >= self.offset[:, None])[:, None, None]
+            others = torch.arange(self.length + 1, device=x.device) < self.offset[:, None]
+            return x.new_zeros(others.shape).masked_fill_(others, -torch.inf)[:, None, None]
         if n == 1 or self.length == 0:
             return None
-        return torch.ones(n, self.length + n, dtype=torch.bool, device=device).tril(self.length)
+        return x.new_full((n, self.length + n), -torch.inf).triu_(self.length + 1)
 
     @property
     def has_memory(self) -> bool:
@@ -379,7 +380,7 @@ class Executor(nn.Module):
             x = torch.cat((plan[:, None].to(x.dtype), x), dim=1)
         positions = mask = None
         if cache is not None:
-            positions, mask = cache.places(x.shape[1]), cache.mask(x.shape[1], x.device)
+            positions, mask = cache.places(x.shape[1]), cache.mask(x)
         x, angles = self.positions(x, 0 if positions is not None else start, positions)
         cross_angles = memory_angles = None
         if memory is not None:
