@@ -5,10 +5,11 @@ Shapes: B rows, T new tokens, D = d_model, V = vocab_size.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -327,7 +328,7 @@ class Drafted(NamedTuple):
     token: int
     chance: float
     choices: list[int]
-    chances: NDArray[np.float64]
+    chances: list[float]
 
 
 def draft_ahead(
@@ -349,11 +350,12 @@ def draft_ahead(
         likely *= 0.7 + 0.27 * (mass + end)
         if mass <= end or likely < WORTH:
             break
-        chances = sharpened(np.array(masses), how)
-        drawn = draw(chances, row.random.random())
-        draft.append(Drafted(choices[drawn], float(chances[drawn]), choices, chances))
-        decoder.append([choices[drawn]])
-        state = int(AFTER[state, choices[drawn]])
+        chances = sharpened(masses, how)
+        drawn = bisect(list(accumulate(chances[:-1])), row.random.random())
+        token = choices[drawn]
+        draft.append(Drafted(token, chances[drawn], choices, chances))
+        decoder.append([token])
+        state = int(AFTER[state, token])
     return draft
 
 

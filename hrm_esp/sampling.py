@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +51,11 @@ class Sampling:
             raise HRMError(f"min_p must be from 0 to 1, not {self.min_p}")
         if b"" in self.stop:
             raise HRMError("stop must not be empty")
+
+    @property
+    def restricts(self) -> bool:
+        """Whether some tokens may be left out for others that are likelier."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def allowed(self, state: int, n: int) -> NDArray[np.bool_]:
         """What may come after n bytes, in a state of the automaton below, (V,)."""
@@ -103,10 +110,15 @@ def probabilities(logits: NDArray[np.float32], how: Sampling) -> NDArray[np.floa
     return restricted(np.exp(scaled / max(how.temperature, COLDEST)), how)
 
 
-def sharpened(p: NDArray[np.float64], how: Sampling) -> NDArray[np.float64]:
-    """As `probabilities`, from probabilities or any multiple of them, (..., V), 0 where forbidden;
-    at temperature 0 the likeliest share alike."""
-    return restricted((p / p.max(-1, keepdims=True)) ** (1 / max(how.temperature, COLDEST)), how)
+def sharpened(p: Sequence[float], how: Sampling) -> list[float]:
+    """As `probabilities`, from probabilities or any multiple of them, of a few tokens that are not
+    forbidden; at temperature 0 the likeliest share alike."""
+    largest, power = max(p), 1 / max(how.temperature, COLDEST)
+    weights = [(x / largest) ** power for x in p]
+    if how.restricts:
+        return cast(list[float], restricted(np.array(weights), how).tolist())
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def restricted(weights: NDArray[np.float64], how: Sampling) -> NDArray[np.float64]:
