@@ -6,7 +6,7 @@ vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import exp, log1p
 from operator import sub
 from typing import NamedTuple
@@ -109,6 +109,8 @@ class Table:
         by_kind: Sequence[int],
     ) -> None:
         self.entries, self.cumulative = entries, cumulative
+        # Of which a few are read sooner.
+        self.some_entries, self.some_cumulative = entries.data, cumulative.data
         self.longest, self.last = max(orders), 2**TOKEN_BITS - 1
         self.ends = np.array([0, self.last])
         self.recent_orders, self.by_kind = list(recent_orders), list(by_kind)
@@ -116,7 +118,8 @@ class Table:
         # what is found of it stands among all orders by length (``rows``).
         self.places, self.recent_places = np.array(orders) - 1, np.array(recent_orders) - 1
         self.rows, self.recent_rows = np.array(by_kind[: len(orders)]), by_kind[len(orders) :]
-        self.kinds = sorted(range(len(by_kind)), key=self.by_kind.__getitem__)  # the way back
+        # The way back, from the longest on.
+        self.by_length = sorted(((row, kind) for kind, row in enumerate(by_kind)), reverse=True)
         # How many are complete, by the length of the longest context that is.
         lengths = range(self.longest + 1)
         self.n_complete = [sum(n <= known for n in orders) for known in lengths]
@@ -187,22 +190,20 @@ class Table:
         Faster than `followers`, but inexact."""
         expected: dict[int, float] = {}
         left, bounds = 1.0, place.bounds.tolist()
-        for row in range(len(self.by_kind) - 1, -1, -1):
-            kind = self.kinds[row]
-            if kind >= len(self.rows):
-                if not (after := place.recent.get(row)):
-                    continue
-                tokens, often = list(after), list(after.values())
+        often: Iterable[int]
+        for row, kind in self.by_length:
+            if row in place.recent:
+                after = place.recent[row]
+                tokens, often, times = list(after), after.values(), sum(after.values())
             elif kind < len(bounds) and bounds[kind][0] < bounds[kind][1]:
                 begin, end = bounds[kind]
-                tokens = (self.entries[begin:end] & self.last).tolist()
-                until = self.cumulative[begin : end + 1].tolist()
-                often = list(map(sub, until[1:], until))
+                tokens = [entry & self.last for entry in self.some_entries[begin:end]]
+                until = self.some_cumulative[begin : end + 1].tolist()
+                often, times = map(sub, until[1:], until), until[-1] - until[0]
             else:
                 continue
-            times = sum(often)
             of_times, of_distinct, always = gains[row]
-            score = of_times * log1p(times) + of_distinct * log1p(len(often)) + always + hints[row]
+            score = of_times * log1p(times) + of_distinct * log1p(len(tokens)) + always + hints[row]
             weight = 1 / (1 + exp(min(-score, 80)))
             share = left * weight / times
             for token, n in zip(tokens, often):  # noqa: B905
