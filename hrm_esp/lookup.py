@@ -19,7 +19,7 @@ from .layers import hash_factors, ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 TOKEN_BITS = 9
-LITTLE = 0.1  # of a distribution: too little for a guess to look for
+LITTLE = 0.2  # of a distribution: for so much a guess does not look at shorter contexts
 
 
 class Place(NamedTuple):
