@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp.errors import HRMError
-from hrm_esp.sampling import AFTER, ALLOWED, Sampling, draw, probabilities
+from hrm_esp.sampling import AFTER, ALLOWED, Sampling, draw, probabilities, sharpened
 from hrm_esp.tokenizer import EOS
 
 
@@ -65,6 +65,17 @@ def test_probabilities_are_those_of_the_reference(
     found = probabilities(np.array([logits, logits[::-1]], np.float32), how)
     np.testing.assert_allclose(found[0], reference(logits, how), rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(found[1], found[0][::-1])
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=12, max_size=12, unique=True),
+    st.sampled_from([0.0, 0.3, 0.8, 1.0, 50.0]),
+    st.sampled_from([0, 4]),
+)
+def test_a_few_are_sharpened_as_all_are(masses: list[int], temperature: float, top_k: int) -> None:
+    how = Sampling(temperature=temperature, top_k=top_k)
+    expected = probabilities(np.log(masses).astype(np.float32), how)
+    np.testing.assert_allclose(sharpened(masses, how), expected, rtol=1e-4, atol=1e-9)
 
 
 def test_what_is_forbidden_is_never_chosen() -> None:
