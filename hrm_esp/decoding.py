@@ -80,7 +80,7 @@ class Decoder:
         if self.counts is not None:
             self.table = self.counts.table()
             self.gains = self.counts.by_count.detach().cpu().numpy()
-            self.gains_of = self.gains.tolist()
+            self.gains_of = self.gains.tolist()  # the same, for guesses
             self.readers = [self._reader(i) for i in range(len(rows))]
             self.found = [[reader.place()] for reader in self.readers]
 

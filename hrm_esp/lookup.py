@@ -109,7 +109,7 @@ class Table:
         by_kind: Sequence[int],
     ) -> None:
         self.entries, self.cumulative = entries, cumulative
-        # Of which a few are read sooner.
+        # The same, of which a few are read without the cost of an array.
         self.some_entries, self.some_cumulative = entries.data, cumulative.data
         self.longest, self.last = max(orders), 2**TOKEN_BITS - 1
         self.ends = np.array([0, self.last])
@@ -147,7 +147,7 @@ class Table:
     def find(self, contexts: Contexts) -> NDArray[np.int64]:
         """Where the entries of complete contexts begin and end, (n, 2) by rising length."""
         n = self.n_complete[contexts.known]
-        # The first and the last key of a context are of tokens that there are not.
+        # The last key of a context is that of no token.
         keys = contexts.digest[self.places[:n], None] << TOKEN_BITS
         return self.entries.searchsorted(keys + self.ends)
 
@@ -186,8 +186,8 @@ class Table:
         self, place: Place, gains: Sequence[Sequence[float]], hints: Sequence[float]
     ) -> dict[int, float]:
         """What is expected at a place by `order_weights`, as probabilities of tokens that add up to
-        the counts' share; where nearly all is the longer contexts', without the shorter ones.
-        Faster than `followers`, but inexact."""
+        the counts' share, without the shorter contexts where all but `LITTLE` is the longer ones'.
+        For one place sooner done than `followers`."""
         expected: dict[int, float] = {}
         left, bounds = 1.0, place.bounds.tolist()
         often: Iterable[int]

@@ -122,7 +122,8 @@ def sharpened(p: Sequence[float], how: Sampling) -> list[float]:
 
 
 def restricted(weights: NDArray[np.float64], how: Sampling) -> NDArray[np.float64]:
-    """Weights (..., V), the largest one, of which some are chosen -> probabilities, (..., V)."""
+    """Weights (..., V), of which the largest is 1 -> the probabilities of those left by top-k,
+    top-p and min-p, (..., V)."""
     if 0 < how.top_k < weights.shape[-1]:
         smallest = np.partition(weights, -how.top_k)[..., -how.top_k, None]
         weights[weights < smallest] = 0
