@@ -20,7 +20,7 @@ from torch import Tensor
 from .counts import SURE
 from .device import at_most, autocast
 from .layers import Memory, begins_character, characters
-from .lookup import Place, Reader, order_weights
+from .lookup import Place, Reader, Trust, order_weights
 from .model import Executor, ExecutorCache, HRMModel
 from .sampling import AFTER, Sampling, draw, probabilities, sharpened
 from .tokenizer import EOS, PAD
@@ -76,7 +76,7 @@ class Decoder:
         self.cache: ExecutorCache | None = None
         self.readers: list[Reader] = []
         self.found: list[list[Place]] = []  # for each row, of the new tokens: until `look`
-        self.hints: Array | None = None  # (B, T, N): how the counts were trusted there
+        self.trust = Trust()  # in the counts, of a row that is alone
         if self.counts is not None:
             self.table = self.counts.table()
             self.gains = self.counts.by_count.detach().cpu().numpy()
@@ -127,18 +127,22 @@ class Decoder:
                 cache,
                 self._places(every, -read, None),
                 self._ids(self._last(i, read) for i in every),
-            )[:, -n:]
-            logits = self.executor.lm_head(states)
-            if self.counts is not None:
-                self.hints = self.counts.by_state(states).float().cpu().numpy()
+            )
+            logits = self.executor.lm_head(states[:, -n:])
+            hints = None if self.counts is None else self.counts.by_state(states)
         self.n_new = 0
         logprobs: Array = logits.float().log_softmax(-1).cpu().numpy()
-        if self.hints is None:
+        if hints is None:
             return logprobs
+        hints = hints.float().cpu().numpy()
+        if len(self.rows) == 1:
+            new = hints[0, -n:] if self.trust.means else hints[0]  # at first the prompt, too
+            self.trust.learn(self.rows[0], new)
+        hints = hints[:, -n:]
         found = self.table.followers(list(chain.from_iterable(self.found)))
         self.found = [[] for _ in every]
-        times, distinct = (part.reshape(self.hints.shape) for part in found[:2])
-        weights = SURE * order_weights(times, distinct, self.gains, self.hints)
+        times, distinct = (part.reshape(hints.shape) for part in found[:2])
+        weights = SURE * order_weights(times, distinct, self.gains, hints)
         rest = 1 - weights.sum(-1, keepdims=True)
         counted = found.expected(weights).reshape(logprobs.shape)
         mixed = np.exp(logprobs) * rest + counted
@@ -156,16 +160,12 @@ class Decoder:
         for reader in self.readers:
             for _ in range(n):
                 reader.unread()
-        if self.hints is not None:
-            self.hints = self.hints[:, :-n]
 
     def guess(self) -> dict[int, float]:
         """What the counts alone expect after the only row's last token, as probabilities, in sum at
-        most one; how far they are trusted is taken from where was looked last."""
-        if self.hints is None:
-            return {}
-        hints = self.hints[0, -1].tolist()
-        return self.table.guess(self.found[0][-1], self.gains_of, hints)
+        most one."""
+        hints = self.trust.foretell(self.rows[0])
+        return self.table.guess(self.found[0][-1], self.gains_of, hints) if hints else {}
 
     @torch.inference_mode()
     def select(self, kept: Sequence[int]) -> None:
@@ -175,7 +175,6 @@ class Decoder:
             if values := getattr(self, name):
                 setattr(self, name, [values[i] for i in kept])
         self.plan, self.memory = self.plan[at], self._memory(at)
-        self.hints = None
         if self.cache is not None:
             self.cache.select(at)
 
@@ -319,7 +318,7 @@ class Row:
         return len(self.written) < how.max_new_tokens and not self.written.endswith(how.stop)
 
 
-WORTH = 0.2  # a draft less likely to be kept than this is not made longer
+WORTH = 0.3  # a draft less likely to be kept than this is not made longer
 
 
 class Drafted(NamedTuple):
@@ -347,7 +346,7 @@ def draft_ahead(
         masses = [expected[token] for token in choices]
         mass = sum(masses)
         # How often a draft is kept, measured on Don Quijote by the share of the counts.
-        likely *= 0.7 + 0.27 * (mass + end)
+        likely *= 0.74 + 0.26 * (mass + end)
         if mass <= end or likely < WORTH:
             break
         chances = sharpened(masses, how)

@@ -22,7 +22,7 @@ from .packing import packed
 from .sampling import Sampling
 from .tokenizer import BOS, EOS
 
-DRAFT_LEN = 16
+DRAFT_LEN = 24
 GUIDANCE = 3.0
 
 
@@ -161,7 +161,7 @@ def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
         plan_code: the code whose plan is to; of several codebooks one each.
         guidance: how far to follow one of these, 0 to 20: 1 writes as if it were the prompt's own
             plan, more goes further the same way (3), at half the speed.
-        draft_len: bytes drafted ahead at most (16), see `decode`; 0: none.
+        draft_len: bytes drafted ahead at most (24), see `decode`; 0: none.
 
     Raises:
         HRMError: a value out of its range.
