@@ -22,12 +22,13 @@ from .config import RECENT_ORDERS, HRMConfig
 from .data import Stream, as_inputs, as_targets
 from .files import mapped
 from .layers import ngram_hashes
-from .lookup import TOKEN_BITS, Followers, Reader, Table
+from .lookup import TOKEN_BITS, TRUST_ORDERS, TRUST_ROWS, Followers, Reader, Table
 from .tokenizer import BOS, EOS, PAD
 
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)  # of the table
 COUNTED = 2**23  # bytes whose n-grams are counted, at most: of a larger text, pieces from all of it
 PIECE = 2**16
+TRUST_KEPT = 0.99  # of what ``trust`` holds, at each step
 SURE = 1 - 2**-12  # the largest share of the counts: what was never seen stays possible
 
 
@@ -58,6 +59,7 @@ class NgramCounts(nn.Module):
 
     entries: Tensor  # (E,) int64, sorted: hash of the context and what followed it
     cumulative: Tensor  # (E + 1,) int32: the times all entries before were met
+    trust: Tensor  # (TRUST_ORDERS, TRUST_ROWS, N + 1), see `remember`
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
@@ -69,6 +71,7 @@ class NgramCounts(nn.Module):
         orders = self.orders + self.recent_orders
         n = len(orders)
         self.recent_len = config.recent_len
+        self.met: list[tuple[Tensor, Tensor]] = []  # in the step under way, ids and hints
         self._table: tuple[Tensor, Table] | None = None  # and the entries it was made from
         # The places of all orders, both kinds together, by rising order; and the way back.
         self.by_length = sorted(range(n), key=orders.__getitem__)
@@ -76,6 +79,7 @@ class NgramCounts(nn.Module):
         self.by_count = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(n, 1))
         self.by_state = nn.Linear(config.d_model, n, bias=False)
         nn.init.zeros_(self.by_state.weight)
+        self.register_buffer("trust", torch.zeros(TRUST_ORDERS, TRUST_ROWS, n + 1))
 
     def count(self, stream: Stream, path: Path | None = None) -> None:
         """Makes the table from a stream of bytes; reads it from the file ``path`` instead if that
@@ -126,6 +130,7 @@ class NgramCounts(nn.Module):
                 state[prefix + name] = own  # it may be mapped from a file: nothing is written to it
             else:
                 setattr(self, name, torch.empty_like(given, device=own.device))
+        state.setdefault(prefix + "trust", self.trust)  # of no use to a text, but for its speed
         super()._load_from_state_dict(state, prefix, *rest)
 
     def probability(
@@ -159,8 +164,23 @@ class NgramCounts(nn.Module):
         times, distinct, hits = (
             torch.cat(parts, dim=-1)[..., self.by_length] for parts in zip(*met, strict=True)
         )
-        rest, shares = self._shares(times, distinct, states)
+        hints = self.by_state(states).float()
+        if self.training:
+            self.met.append((ids, hints.detach()))
+        rest, shares = self._shares(times, distinct, hints)
         return p * rest + (shares * hits / times.clamp(min=1)).sum(-1)
+
+    def remember(self) -> None:
+        """Adds up what `by_state` gave in a step, once it is done, after like contexts, and in the
+        last place how often: of the last steps more than of earlier ones. After the same few tokens
+        it is alike, so writing can draft by it before the network has looked."""
+        self.trust *= TRUST_KEPT
+        for ids, hints in self.met:
+            digest, _ = contexts(ids, range(1, TRUST_ORDERS + 1))  # for the incomplete no one asks
+            added = F.pad(hints.nan_to_num(0, 0, 0), (0, 1), value=1.0).flatten(0, 1)
+            for sums, of_order in zip(self.trust, digest.flatten(0, 1).T, strict=True):
+                sums.index_add_(0, of_order % TRUST_ROWS, added)
+        self.met = []
 
     def table(self) -> Table:
         """For looking up one place at a time."""
@@ -194,7 +214,8 @@ class NgramCounts(nn.Module):
             torch.from_numpy(part).to(states.device) for part in found
         )
         shape = (*states.shape[:2], -1)
-        rest, weights = self._shares(times.view(shape), distinct.view(shape), states)
+        hints = self.by_state(states).float()
+        rest, weights = self._shares(times.view(shape), distinct.view(shape), hints)
         counted = torch.zeros_like(logits, dtype=torch.float32).flatten()
         counted = counted.index_add(0, token, weights.flatten()[context] * share).view_as(logits)
         return torch.addcmul(counted, logits.float().softmax(-1), rest[..., None]).log()
@@ -254,15 +275,15 @@ class NgramCounts(nn.Module):
         met = Met(times, by_context.total_before(is_new), by_pair.rank())
         return Met(*(m[:, r:] for m in met))
 
-    def _shares(self, times: Tensor, distinct: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _shares(self, times: Tensor, distinct: Tensor, hints: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of the network, (B, T), and of each order, (B, T, N), in the mixture, from how
-        often its context was met, by how many tokens it was followed, both (B, T, N), and the
-        network's states (B, T, D). All by length."""
+        often its context was met, by how many tokens it was followed, and what `by_state` makes of
+        the network's states, all (B, T, N). All by length."""
         score = (
             (times + 1).log() * self.by_count[:, 0]
             + (distinct + 1).log() * self.by_count[:, 1]
             + self.by_count[:, 2]
-            + self.by_state(states).float()
+            + hints
         )
         weights = torch.where(times > 0, score.sigmoid(), 0.0)
         left = (1 - weights).flip(-1).cumprod(-1).flip(-1)  # by an order and all after it

@@ -20,7 +20,7 @@ from torch import Tensor
 from .counts import SURE
 from .device import at_most, autocast
 from .layers import Memory, begins_character, characters
-from .lookup import Place, Reader, Trust, order_weights
+from .lookup import Place, Reader, foretold_hints, order_weights
 from .model import Executor, ExecutorCache, HRMModel
 from .sampling import AFTER, Sampling, draw, probabilities, sharpened
 from .tokenizer import EOS, PAD
@@ -76,11 +76,11 @@ class Decoder:
         self.cache: ExecutorCache | None = None
         self.readers: list[Reader] = []
         self.found: list[list[Place]] = []  # for each row, of the new tokens: until `look`
-        self.trust = Trust()  # in the counts, of a row that is alone
         if self.counts is not None:
             self.table = self.counts.table()
             self.gains = self.counts.by_count.detach().cpu().numpy()
             self.gains_of = self.gains.tolist()  # the same, for guesses
+            self.trust = self.counts.trust.cpu().numpy()
             self.readers = [self._reader(i) for i in range(len(rows))]
             self.found = [[reader.place()] for reader in self.readers]
 
@@ -127,18 +127,14 @@ class Decoder:
                 cache,
                 self._places(every, -read, None),
                 self._ids(self._last(i, read) for i in every),
-            )
-            logits = self.executor.lm_head(states[:, -n:])
-            hints = None if self.counts is None else self.counts.by_state(states)
+            )[:, -n:]
+            logits = self.executor.lm_head(states)
+            hints_of = None if self.counts is None else self.counts.by_state(states)
         self.n_new = 0
         logprobs: Array = logits.float().log_softmax(-1).cpu().numpy()
-        if hints is None:
+        if hints_of is None:
             return logprobs
-        hints = hints.float().cpu().numpy()
-        if len(self.rows) == 1:
-            new = hints[0, -n:] if self.trust.means else hints[0]  # at first the prompt, too
-            self.trust.learn(self.rows[0], new)
-        hints = hints[:, -n:]
+        hints = hints_of.float().cpu().numpy()
         found = self.table.followers(list(chain.from_iterable(self.found)))
         self.found = [[] for _ in every]
         times, distinct = (part.reshape(hints.shape) for part in found[:2])
@@ -164,8 +160,10 @@ class Decoder:
     def guess(self) -> dict[int, float]:
         """What the counts alone expect after the only row's last token, as probabilities, in sum at
         most one."""
-        hints = self.trust.foretell(self.rows[0])
-        return self.table.guess(self.found[0][-1], self.gains_of, hints) if hints else {}
+        if self.counts is None:
+            return {}
+        hints = foretold_hints(self.trust, self.readers[0].contexts[-1])
+        return self.table.guess(self.found[0][-1], self.gains_of, hints)
 
     @torch.inference_mode()
     def select(self, kept: Sequence[int]) -> None:

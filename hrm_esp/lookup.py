@@ -19,7 +19,9 @@ from .layers import hash_factors, ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 TOKEN_BITS = 9
-TRUSTED = 3  # last tokens by which hints are foretold: more do not foretell better
+TRUST_ORDERS = 4  # contexts of up to so many tokens foretell the hints after them
+TRUST_ROWS = 16_381  # for the contexts of each order; a prime, as these are found by remainders
+TRUST_AT = np.arange(TRUST_ORDERS)
 LITTLE = 0.2  # of a distribution: for so much a guess does not look at shorter contexts
 
 
@@ -88,6 +90,16 @@ class Contexts(NamedTuple):
             return Contexts(digest, 1)
         digest[1:] += self.digest[:-1]
         return Contexts(digest, min(self.known + 1, len(powers)))
+
+
+def foretold_hints(trust: NDArray[np.float32], contexts: Contexts) -> list[float]:
+    """What `NgramCounts.by_state` can be expected to give, N, by its ``trust``: the mean after the
+    longest context, in which that of the shorter one counts as one more time, and so on."""
+    n = min(TRUST_ORDERS, contexts.known)
+    sums = trust[TRUST_AT[:n], contexts.digest[:n] % TRUST_ROWS]
+    weights = (1 / (sums[:, -1] + 1))[::-1].cumprod()[::-1]
+    hints: list[float] = (weights @ sums)[:-1].tolist()
+    return hints
 
 
 class Table:
@@ -282,37 +294,3 @@ class Reader:
             if (after := self.seen.get(context))
         }
         return Place(self.table.find(self.contexts[-1]), recent)
-
-
-class Trust:
-    """Foretells a network's ``hints`` where it has not looked yet: as they were on average after
-    the longest of the last few tokens that it has looked at in this text, and after shorter ones
-    before a longer one was met, as in prediction by partial matching."""
-
-    def __init__(self) -> None:
-        self.means: dict[tuple[int, ...], tuple[int, NDArray[np.float32]]] = {}
-
-    def learn(self, tokens: Sequence[int], hints: NDArray[np.float32]) -> None:
-        """Takes in the hints (T, N) after each of the last T tokens."""
-        for end, after in enumerate(hints, len(tokens) - len(hints) + 1):
-            n = self._known(tokens, end)
-            if n >= 0:
-                known = tuple(tokens[end - n : end])
-                times, mean = self.means[known]
-                after = mean + (after - mean) / (times + 1)
-                self.means[known] = times + 1, after
-            if n < min(TRUSTED, end):  # the next time by one token more
-                self.means[tuple(tokens[end - n - 1 : end])] = 1, after
-
-    def foretell(self, tokens: Sequence[int]) -> list[float]:
-        """Those after tokens, N; nothing before any were learned."""
-        end = len(tokens)
-        n = self._known(tokens, end)
-        return [] if n < 0 else self.means[tuple(tokens[end - n : end])][1].tolist()
-
-    def _known(self, tokens: Sequence[int], end: int) -> int:
-        """How many of the last TRUSTED tokens before ``end`` were met together; -1: not even 0."""
-        n = min(TRUSTED, end)
-        while n >= 0 and tuple(tokens[end - n : end]) not in self.means:
-            n -= 1
-        return n

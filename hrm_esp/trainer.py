@@ -486,8 +486,9 @@ class Trainer:
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        if self.model.planner.codebook is not None:
-            self.model.planner.codebook.remember()
+        for part in (self.model.planner.codebook, self.model.executor.counts):
+            if part is not None:
+                part.remember()
         return Step(int(n_tokens), nats, int(shown), norm, lr, usage)
 
     def clip_gradient(self) -> float:

@@ -59,6 +59,7 @@ def random_model(seed: int = 0, **changes: object) -> HRMModel:
             letters = torch.randint(LETTERS[0], LETTERS[1], (400,)).numpy().astype(np.uint8)
             letters[::50] = 10
             model.executor.counts.count(letters)
+            model.executor.counts.trust.uniform_()
     return model.eval()
 
 

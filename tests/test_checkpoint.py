@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import damaged, random_model
 
+from hrm_esp import generate
 from hrm_esp.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from hrm_esp.errors import HRMError
 from hrm_esp.model import HRMModel
@@ -103,6 +104,14 @@ def test_other_formats_and_unknown_settings_are_refused(saved: Path) -> None:
     torch.save(content | {"config": content["config"] | {"colour": 1}}, saved)
     with pytest.raises(HRMError):
         load_checkpoint(saved)
+
+
+def test_one_from_before_there_were_foretold_hints_writes(saved: Path) -> None:
+    old = load_checkpoint(saved)
+    foretold = old.weights.pop("executor.counts.trust")
+    model = old.model()
+    assert foretold.any() and not model.executor.counts.trust.any()  # type: ignore[union-attr]
+    assert generate(model, "abc", min_new_tokens=20, max_new_tokens=20, seed=1)
 
 
 def test_a_failed_save_keeps_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hrm_esp import counts, lookup
 from hrm_esp.config import HRMConfig
 from hrm_esp.counts import NgramCounts
 from hrm_esp.data import as_inputs, as_targets
-from hrm_esp.lookup import Place, Reader, Trust, order_weights
+from hrm_esp.lookup import Place, Reader, order_weights
 from hrm_esp.tokenizer import BOS, PAD
 
 TABLE, JUST_READ = [2, 3, 4, 5, 6, 7, 8], [4, 6]
@@ -151,31 +151,42 @@ def test_orders_weigh_as_in_the_mixture(text: str, here: str, seed: int) -> None
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 9))
-def test_hints_are_foretold_by_those_before(ids: list[int], seed: int) -> None:
-    hints = np.random.default_rng(seed).normal(size=(len(ids), 5))
-    one_by_one, at_once = Trust(), Trust()
-    assert at_once.foretell(ids) == []
-    at_once.learn(ids, hints)
-    for end in range(1, len(ids) + 1):
-        one_by_one.learn(ids[:end], hints[end - 1 : end])
-    for end_of in (ids, ids[:1], [9, *ids[-2:]], [9]):
-        foretold = at_once.foretell(end_of)
-        assert foretold == one_by_one.foretell(end_of)
-        assert np.all(hints.min(0) - 1e-9 <= foretold)
-        assert np.all(foretold <= hints.max(0) + 1e-9)
+@given(TEXTS, TEXTS, st.integers(0, 9))
+def test_hints_are_foretold_as_the_mean_after_like_contexts(
+    text: str, here: str, seed: int
+) -> None:
+    made = table(text.encode(), seed)
+    ids = torch.from_numpy(as_inputs(np.frombuffer(text.encode(), dtype=np.uint8)))[None]
+    states = torch.randn(2, 1, ids.shape[1], 4, generator=torch.Generator().manual_seed(seed))
+    made.train()
+    for batch in states:
+        made.probability(torch.ones(ids.shape), batch, ids, torch.full_like(ids, PAD))
+        made.remember()
+    with torch.no_grad():
+        hints = made.by_state(states)[:, 0].numpy()
+    later = [counts.TRUST_KEPT, 1.0]
+    end = as_inputs(np.frombuffer(here.encode(), dtype=np.uint8)).tolist()
+    expected = np.zeros(hints.shape[-1])
+    for order in range(1, lookup.TRUST_ORDERS + 1):
+        wanted = context_of(end, order)
+        if wanted is None:
+            break
+        at = [
+            i for i in range(ids.shape[1]) if context_of(ids[0, : i + 1].tolist(), order) == wanted
+        ]
+        total = sum(w * hints[b, at].sum(0) for b, w in enumerate(later))
+        expected = (expected + total) / (1 + sum(later) * len(at))
+    foretold = lookup.foretold_hints(made.trust.numpy(), made.table().hashes(end))
+    np.testing.assert_allclose(foretold, expected, rtol=1e-3, atol=1e-5)
+    made.eval()
+    made.probability(torch.ones(ids.shape), batch, ids, torch.full_like(ids, PAD))
+    assert not made.met
 
 
-def test_what_depends_on_the_last_tokens_alone_is_foretold() -> None:
-    random = np.random.default_rng(0)
-    ids = random.integers(0, 4, 2000).tolist()
-    by_tokens = random.normal(size=(4, 4, 4, 5))
-    hints = np.stack([by_tokens[tuple(ids[i - 2 : i + 1])] for i in range(2, len(ids))])
-    trust = Trust()
-    trust.learn(ids, hints)
-    for i in range(100, 200):
-        expected = by_tokens[tuple(ids[i - 2 : i + 1])]
-        np.testing.assert_allclose(trust.foretell(ids[: i + 1]), expected, atol=0.3)
+def context_of(ids: list[int], order: int) -> list[int] | None:
+    """The last tokens; BOS may be the first of them, not another."""
+    last = ids[-order:]
+    return None if len(ids) < order or BOS in last[1:] else last
 
 
 @settings(max_examples=40)
