@@ -427,13 +427,15 @@ def report(result: TrainResult) -> None:
 
 
 def load(args: argparse.Namespace) -> HRMModel:
-    gc.disable()  # of what is imported nothing is garbage, but looking for it takes 0.1 s
-    from .checkpoint import load_model
-    from .device import choose_device
+    gc.disable()  # importing makes no garbage, and looking for it takes 0.1 s
+    try:
+        from .checkpoint import load_model
+        from .device import choose_device
 
-    model = load_model(args.ckpt, choose_device(args.device, args.cpu))
-    gc.freeze()
-    gc.enable()
+        model = load_model(args.ckpt, choose_device(args.device, args.cpu))
+        gc.freeze()
+    finally:
+        gc.enable()
     return model
 
 

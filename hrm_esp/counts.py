@@ -28,7 +28,7 @@ from .tokenizer import BOS, EOS, PAD
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)  # of the table
 COUNTED = 2**23  # bytes whose n-grams are counted, at most: of a larger text, pieces from all of it
 PIECE = 2**16
-TRUST_KEPT = 0.99  # of what ``trust`` holds, at each step
+TRUST_KEPT = 0.99  # of ``trust``, at each step
 SURE = 1 - 2**-12  # the largest share of the counts: what was never seen stays possible
 
 
@@ -59,7 +59,7 @@ class NgramCounts(nn.Module):
 
     entries: Tensor  # (E,) int64, sorted: hash of the context and what followed it
     cumulative: Tensor  # (E + 1,) int32: the times all entries before were met
-    trust: Tensor  # (TRUST_ORDERS, TRUST_ROWS, N + 1), see `remember`
+    trust: Tensor  # (TRUST_ORDERS, TRUST_ROWS, N + 1): sums of hints, and of how many; `remember`
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
@@ -130,7 +130,8 @@ class NgramCounts(nn.Module):
                 state[prefix + name] = own  # it may be mapped from a file: nothing is written to it
             else:
                 setattr(self, name, torch.empty_like(given, device=own.device))
-        state.setdefault(prefix + "trust", self.trust)  # of no use to a text, but for its speed
+        # Older checkpoints have none: what they write is as likely, but drafted worse.
+        state.setdefault(prefix + "trust", torch.zeros_like(self.trust))
         super()._load_from_state_dict(state, prefix, *rest)
 
     def probability(
@@ -171,12 +172,15 @@ class NgramCounts(nn.Module):
         return p * rest + (shares * hits / times.clamp(min=1)).sum(-1)
 
     def remember(self) -> None:
-        """Adds up what `by_state` gave in a step, once it is done, after like contexts, and in the
-        last place how often: of the last steps more than of earlier ones. After the same few tokens
-        it is alike, so writing can draft by it before the network has looked."""
+        """Once a step is done, adds its hints (what `by_state` makes of the network's states) to
+        ``trust``, in the rows of the last 1, 2, ... tokens, and fades those of older steps.
+
+        After the same few tokens they are alike: writing drafts by their means, before the network
+        has looked. Each process has its own; the first one's are saved.
+        """
         self.trust *= TRUST_KEPT
-        for ids, hints in self.met:
-            digest, _ = contexts(ids, range(1, TRUST_ORDERS + 1))  # for the incomplete no one asks
+        for ids, hints in self.met:  # the sums after incomplete contexts are never asked for
+            digest, _ = contexts(ids, range(1, TRUST_ORDERS + 1))
             added = F.pad(hints.nan_to_num(0, 0, 0), (0, 1), value=1.0).flatten(0, 1)
             for sums, of_order in zip(self.trust, digest.flatten(0, 1).T, strict=True):
                 sums.index_add_(0, of_order % TRUST_ROWS, added)

@@ -93,8 +93,9 @@ class Contexts(NamedTuple):
 
 
 def foretold_hints(trust: NDArray[np.float32], contexts: Contexts) -> list[float]:
-    """What `NgramCounts.by_state` can be expected to give, N, by its ``trust``: the mean after the
-    longest context, in which that of the shorter one counts as one more time, and so on."""
+    """The hints, N, to be expected where the network has not looked, by the ``trust`` of
+    `NgramCounts`: the mean after the longest context, in which what is expected after the next
+    shorter one counts once, and so on down to zero."""
     n = min(TRUST_ORDERS, contexts.known)
     sums = trust[TRUST_AT[:n], contexts.digest[:n] % TRUST_ROWS]
     weights = (1 / (sums[:, -1] + 1))[::-1].cumprod()[::-1]
