@@ -187,7 +187,7 @@ class NgramCounts(nn.Module):
         self.met = []
 
     def table(self) -> Table:
-        """For looking up one place at a time."""
+        """For looking up contexts as a text grows."""
         if self._table is None or self._table[0] is not self.entries:
             entries, cumulative = self.entries.cpu().numpy(), self.cumulative.cpu().numpy()
             made = Table(entries, cumulative, self.orders, self.recent_orders, self.by_kind)

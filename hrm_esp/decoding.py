@@ -79,7 +79,7 @@ class Decoder:
         if self.counts is not None:
             self.table = self.counts.table()
             self.gains = self.counts.by_count.detach().cpu().numpy()
-            self.gains_of = self.gains.tolist()  # the same, for guesses
+            self.gains_list = self.gains.tolist()  # for guesses
             self.trust = self.counts.trust.cpu().numpy()
             self.readers = [self._reader(i) for i in range(len(rows))]
             self.found = [[reader.place()] for reader in self.readers]
@@ -129,12 +129,12 @@ class Decoder:
                 self._ids(self._last(i, read) for i in every),
             )[:, -n:]
             logits = self.executor.lm_head(states)
-            hints_of = None if self.counts is None else self.counts.by_state(states)
+            by_state = None if self.counts is None else self.counts.by_state(states)
         self.n_new = 0
         logprobs: Array = logits.float().log_softmax(-1).cpu().numpy()
-        if hints_of is None:
+        if by_state is None:
             return logprobs
-        hints = hints_of.float().cpu().numpy()
+        hints = by_state.float().cpu().numpy()
         found = self.table.followers(list(chain.from_iterable(self.found)))
         self.found = [[] for _ in every]
         times, distinct = (part.reshape(hints.shape) for part in found[:2])
@@ -163,7 +163,7 @@ class Decoder:
         if self.counts is None:
             return {}
         hints = foretold_hints(self.trust, self.readers[0].contexts[-1])
-        return self.table.guess(self.found[0][-1], self.gains_of, hints)
+        return self.table.guess(self.found[0][-1], self.gains_list, hints)
 
     @torch.inference_mode()
     def select(self, kept: Sequence[int]) -> None:

@@ -66,8 +66,8 @@ def keep_freed_memory() -> None:
 @contextmanager
 def at_most(n_threads: int) -> Iterator[None]:
     """So many CPU threads for what is computed inside, if there are more: where there is little to
-    share, others save no time, and waiting for them costs much on a busy machine. PyTorch keeps one
-    number for all threads of the program: one that computes at the same time is affected, too."""
+    share, others save no time, and waiting for them costs much on a busy machine. Other threads of
+    the program keep their number, but one that first computes meanwhile keeps this one."""
     before = torch.get_num_threads()
     if before <= n_threads:
         yield

@@ -122,14 +122,6 @@ def characters(ids: Tensor) -> Tensor:
 HASH_FACTOR = 1_000_003
 
 
-def hash_factors(longest: int) -> Tensor:
-    """What the last 1, 2, ... ``longest`` tokens, each plus one and the last first, are multiplied
-    by in the sums that are their hashes, (longest, longest) int64. See `ngram_hashes`."""
-    n = range(longest)
-    factors = [[pow(HASH_FACTOR, i - j, 2**64) if j <= i else 0 for j in n] for i in n]
-    return torch.tensor(factors, dtype=torch.uint64).view(torch.int64)
-
-
 def ngram_hashes(ids: Any, longest: int, reach: int = 0) -> Iterator[tuple[Any, Any]]:
     """Rolling hashes of the last 1, 2, ... ``longest`` tokens at each position but the first
     ``reach``.

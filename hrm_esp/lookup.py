@@ -15,20 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .layers import hash_factors, ngram_hashes
+from .layers import HASH_FACTOR, ngram_hashes
 from .tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 TOKEN_BITS = 9
 TRUST_ORDERS = 4  # contexts of up to so many tokens foretell the hints after them
 TRUST_ROWS = 16_381  # for the contexts of each order; a prime, as these are found by remainders
-TRUST_AT = np.arange(TRUST_ORDERS)
-LITTLE = 0.2  # of a distribution: for so much a guess does not look at shorter contexts
+LITTLE = 0.2  # of a distribution: for so much a draft is not guessed by shorter contexts
 
 
 class Place(NamedTuple):
     """What was met before of the contexts that end at a place: where the entries of each in the
-    table begin and end, (n, 2) of the n that are complete, by rising length; and how often what
-    followed each of those just read, by the order's place among all."""
+    table begin and end, (n, 2) of the n that are complete, by rising length; and for each order met
+    in what was just read, by its place among all orders, how often each token followed."""
 
     bounds: NDArray[np.int64]
     recent: dict[int, dict[int, int]]
@@ -38,8 +37,9 @@ class Followers(NamedTuple):
     """What came after the contexts of P places.
 
     ``times`` and ``distinct`` (P, N): how often each context was met, 0 if it is not to be used,
-    and by how many tokens it was followed. For each of these M in all, (M,): after which
-    ``context`` of the P * N, which ``token`` of the P * V, and in what ``share`` of the times.
+    and by how many tokens it was followed. The M pairs of a context and a token that followed it,
+    (M,) each: which ``context`` of the P * N, which ``token`` of the P * V, and in what ``share``
+    of the times.
     """
 
     times: NDArray[np.float32]
@@ -97,14 +97,14 @@ def foretold_hints(trust: NDArray[np.float32], contexts: Contexts) -> list[float
     `NgramCounts`: the mean after the longest context, in which what is expected after the next
     shorter one counts once, and so on down to zero."""
     n = min(TRUST_ORDERS, contexts.known)
-    sums = trust[TRUST_AT[:n], contexts.digest[:n] % TRUST_ROWS]
+    sums = trust[np.arange(n), contexts.digest[:n] % TRUST_ROWS]
     weights = (1 / (sums[:, -1] + 1))[::-1].cumprod()[::-1]
     hints: list[float] = (weights @ sums)[:-1].tolist()
     return hints
 
 
 class Table:
-    """The n-grams of the training text, to be looked up one place at a time.
+    """The n-grams of the training text, to be looked up as another text grows.
 
     Args:
         entries: (E,) int64, sorted: the hash of a context and what followed it.
@@ -123,8 +123,6 @@ class Table:
         by_kind: Sequence[int],
     ) -> None:
         self.entries, self.cumulative = entries, cumulative
-        # The same, of which a few are read without the cost of an array.
-        self.some_entries, self.some_cumulative = entries.data, cumulative.data
         self.longest, self.last = max(orders), 2**TOKEN_BITS - 1
         self.ends = np.array([0, self.last])
         self.recent_orders, self.by_kind = list(recent_orders), list(by_kind)
@@ -132,26 +130,22 @@ class Table:
         # what is found of it stands among all orders by length (``rows``).
         self.places, self.recent_places = np.array(orders) - 1, np.array(recent_orders) - 1
         self.rows, self.recent_rows = np.array(by_kind[: len(orders)]), by_kind[len(orders) :]
-        # The way back, from the longest on.
+        # From the longest on: which it is among all orders, and which of its kind.
         self.by_length = sorted(((row, kind) for kind, row in enumerate(by_kind)), reverse=True)
         # How many are complete, by the length of the longest context that is.
         lengths = range(self.longest + 1)
         self.n_complete = [sum(n <= known for n in orders) for known in lengths]
         self.n_recent = [sum(n <= known for n in recent_orders) for known in lengths]
-        self.factors = hash_factors(self.longest).numpy()
-        self.powers = self.factors[:, 0].copy()
+        powers = [pow(HASH_FACTOR, i, 2**64) for i in range(self.longest)]  # see `ngram_hashes`
+        self.powers = np.array(powers, np.uint64).view(np.int64)
 
     def hashes(self, tokens: Sequence[int]) -> Contexts:
-        """The contexts at the end of tokens."""
-        values, known = np.zeros(self.longest, np.int64), 0
-        for token in reversed(tokens[-self.longest :]):
-            if token == PAD:
-                break
-            values[known] = token + 1
-            known += 1
-            if token == BOS:
-                break
-        return Contexts((self.factors * values).sum(1), known)
+        """The contexts at the end of tokens, PAD on the left."""
+        contexts = Contexts(np.zeros(self.longest, np.int64), 0)
+        for token in tokens[-self.longest :]:
+            if token != PAD:
+                contexts = contexts.then(token, self.powers)
+        return contexts
 
     def recent_hashes(self, contexts: Contexts) -> list[int]:
         """Those that are to be met again: of complete contexts, by rising length."""
@@ -211,8 +205,9 @@ class Table:
                 tokens, often, times = list(after), after.values(), sum(after.values())
             elif kind < len(bounds) and bounds[kind][0] < bounds[kind][1]:
                 begin, end = bounds[kind]
-                tokens = [entry & self.last for entry in self.some_entries[begin:end]]
-                until = self.some_cumulative[begin : end + 1].tolist()
+                # Of few, memoryviews are made sooner than arrays.
+                tokens = [entry & self.last for entry in self.entries.data[begin:end]]
+                until = self.cumulative.data[begin : end + 1].tolist()
                 often, times = map(sub, until[1:], until), until[-1] - until[0]
             else:
                 continue

@@ -460,6 +460,12 @@ class HRMModel(nn.Module):
         visible = (prompt_ids != PAD) & reads_memory[:, None]
         return plan_vec, code_logits, states._replace(visible=visible)
 
+    def remember(self) -> None:
+        """Once a step of training is done, takes in what was met in it."""
+        for part in (self.planner.codebook, self.executor.counts):
+            if part is not None:
+                part.remember()
+
     @property
     def device(self) -> torch.device:
         return self.executor.lm_head.weight.device

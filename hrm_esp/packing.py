@@ -61,7 +61,7 @@ class PackedEmbedding(nn.Module):
         self.tok_emb, self.ngrams = tok_emb, ngrams
 
     def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
-        """As `TokenEmbedding.forward`."""
+        """As `TokenEmbedding.forward`; ``before`` reaches as far as the n-grams do, if given."""
         reach = self.ngrams.longest - 1
         if before is None:
             before = ids.new_full((len(ids), reach), PAD)
@@ -104,9 +104,10 @@ class PackedBlock(nn.Module):
         d = attn.wqkv.in_features
         self.floor, self.head_floor = floor_of(d), floor_of(self.head_dim)
         wqkv = attn.wqkv.weight * block.norm_attn.weight * d**0.5
-        pairs = wqkv[: 2 * d].view(2 * self.n_heads, 2, self.head_dim // 2, d)
-        qk = pairs.transpose(1, 2).reshape(2 * d, d)
-        self.wqkv = laid_out(torch.cat((qk, wqkv[2 * d :])), dtype)
+        if self.head_dim % 2 == 0:  # else there are no pairs
+            pairs = wqkv[: 2 * d].view(2 * self.n_heads, 2, self.head_dim // 2, d)
+            wqkv = torch.cat((pairs.transpose(1, 2).reshape(2 * d, d), wqkv[2 * d :]))
+        self.wqkv = laid_out(wqkv, dtype)
         self.attn_out = laid_out(attn.out.weight, dtype)
         self.block = block
         gate, up = (ffn.gate_up.weight * block.norm_ffn.weight * d**0.5).chunk(2)

@@ -486,9 +486,7 @@ class Trainer:
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        for part in (self.model.planner.codebook, self.model.executor.counts):
-            if part is not None:
-                part.remember()
+        self.model.remember()
         return Step(int(n_tokens), nats, int(shown), norm, lr, usage)
 
     def clip_gradient(self) -> float:

@@ -267,8 +267,11 @@ def begin_anew(model: HRMModel) -> None:
         fresh = type(block)(model.config).state_dict()
         own = {name: weight for name, weight in fresh.items() if "cross" not in name}
         block.load_state_dict(own, strict=False)
-    if model.planner.codebook is not None:  # which knows states of the old blocks alone
+    # What was met was of the old blocks.
+    if model.planner.codebook is not None:
         model.planner.codebook.last_pooled.zero_()
+    if model.executor.counts is not None:
+        model.executor.counts.trust.zero_()
 
 
 def state_to_resume(options: TrainConfig, stage: str) -> Checkpoint | None:

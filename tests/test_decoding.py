@@ -1,5 +1,6 @@
 """The fast way to the next token, against reading the whole window anew. All weights are random."""
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model import KINDS
 
+from hrm_esp import generate
 from hrm_esp.data import pad
 from hrm_esp.decoding import Decoder, window_start
 from hrm_esp.layers import Memory, Rotary, characters
@@ -112,13 +114,16 @@ def test_weights_in_bfloat16_are_nearly_the_same() -> None:
     assert 0 < difference.abs().max() < 0.3
 
 
-def test_packing_leaves_the_model_as_it_was() -> None:
+def test_writing_leaves_the_model_as_it_was() -> None:
     model = random_model(memory=True)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     modules = list(model.modules())
     assert packed(model.executor, torch.bfloat16) is not model.executor
     assert list(model.modules()) == modules
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    asked = {"seed": 1, "min_new_tokens": 20, "max_new_tokens": 20}
+    written = generate(model, "abc", **asked)
+    assert generate(copy.deepcopy(model), "abc", **asked) == written
 
 
 def test_what_is_copied_stays_where_it_was() -> None:

@@ -28,7 +28,7 @@ from hrm_esp.tokenizer import BOS, PAD, PLAN, VOCAB_SIZE
 
 KINDS = [
     {},
-    {"positions": "learned"},
+    {"positions": "learned", "d_model": 18},  # heads of an odd width
     {"qk_norm": False},
     {"ngram_max": 1},
     {"ngram_max": 7},

@@ -20,7 +20,7 @@ from hrm_esp import HRMModel, generate_batch, load_model
 from hrm_esp.data import load_stream
 from hrm_esp.decoding import decode
 from hrm_esp.evaluation import score_stream
-from hrm_esp.generation import Settings, new_decoder
+from hrm_esp.generation import DRAFT_LEN, Settings, new_decoder
 from hrm_esp.packing import packed
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     asked = {"mode": "continue", "temperature": 0.8, "precision": "fp32", "max_new_tokens": 4}
     (prompt,) = pieces(args.held_out, 1, 300)
     counts = []
-    for draft_len, size in ((0, 100), (16, 1)):
+    for draft_len, size in ((0, 100), (DRAFT_LEN, 1)):
         texts = generate_batch(
             model, [prompt], num_samples=args.samples, batch_size=size, draft_len=draft_len,
             seed=draft_len, **asked,

@@ -61,8 +61,7 @@ def bare(trainer: Trainer) -> Iterator[None]:
         for optimizer in trainer.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if model.planner.codebook is not None:
-            model.planner.codebook.remember()
+        model.remember()
         yield
 
 
