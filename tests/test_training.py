@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIG, PAIRS, TEXT, Run, random_model
+from conftest import CONFIG, PAIRS, TEXT, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp import optim, progress, trainer
 from hrm_esp.checkpoint import Checkpoint, load_checkpoint, load_model
+from hrm_esp.cli import main
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
 from hrm_esp.errors import HRMError, PeerLost
@@ -232,21 +233,26 @@ def test_finetuning_starts_from_the_same_function(corpus: Path) -> None:
 def test_blocks_that_begin_anew() -> None:
     """Their output is nothing at first; what else was learned, cross attention too, stays."""
     model = random_model(memory=True)
-    pooled = "planner.codebook.last_pooled"
-    model.state_dict()[pooled].fill_(1)
+    met = ("planner.codebook.last_pooled", "executor.counts.trust")
+    for name in met:
+        model.state_dict()[name].fill_(1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     begin_anew(model)
     for name, weight in model.state_dict().items():
-        own = (".blocks." in name and "cross" not in name) or name == pooled
+        own = (".blocks." in name and "cross" not in name) or name in met
         assert weight.equal(before[name]) != own, name
-        if own and ("out" in name or name == pooled):
+        if own and ("out" in name or name in met):
             assert not weight.any(), name
 
 
 def test_blocks_are_kept_for_text_and_begin_anew_for_answers_of_another_kind(
-    trained: Path, tmp_path: Path, run: Run
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As the command says; what it saves after a step tells whether it did."""
+    monkeypatch.chdir(tmp_path)
     lines = TEXT.splitlines()
     pairs = {
         "restored": "\n".join(f"{line}\t{line}" for line in lines),
@@ -267,12 +273,11 @@ def test_blocks_are_kept_for_text_and_begin_anew_for_answers_of_another_kind(
             ("other", ("--no_gumbel",), True),
         )
     ):
-        out = run(
-            "finetune", f"{name}.tsv", "--ckpt", start, "--steps", "1", "--lr", "1e-9",
-            "--out_dir", i, *flags,
-        )  # fmt: skip
-        assert out.returncode == 0, out.stderr
-        assert ("begin anew" in out.stderr) == anew, (name, flags)
+        args = ["finetune", f"{name}.tsv", "--ckpt", start, "--steps", 1, "--lr", 1e-9]
+        status = main([str(arg) for arg in (*args, "--out_dir", i, *flags)])
+        said = capsys.readouterr().err
+        assert status == 0, said
+        assert ("begin anew" in said) == anew, (name, flags)
         learned = weights(tmp_path / str(i) / "finetune_last.pt")[
             "executor.blocks.0.ffn.out.weight"
         ]
