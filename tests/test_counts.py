@@ -155,8 +155,9 @@ def test_orders_weigh_as_in_the_mixture(text: str, here: str, seed: int) -> None
 def test_hints_are_foretold_as_the_mean_after_like_contexts(
     text: str, here: str, seed: int
 ) -> None:
-    made = table(text.encode(), seed)
-    ids = torch.from_numpy(as_inputs(np.frombuffer(text.encode(), dtype=np.uint8)))[None]
+    counted, other = text.encode(), here.encode()
+    made = table(counted, seed)
+    ids = torch.from_numpy(as_inputs(np.frombuffer(counted, dtype=np.uint8)))[None]
     states = torch.randn(2, 1, ids.shape[1], 4, generator=torch.Generator().manual_seed(seed))
     made.train()
     for batch in states:
@@ -165,28 +166,20 @@ def test_hints_are_foretold_as_the_mean_after_like_contexts(
     with torch.no_grad():
         hints = made.by_state(states)[:, 0].numpy()
     later = [counts.TRUST_KEPT, 1.0]
-    end = as_inputs(np.frombuffer(here.encode(), dtype=np.uint8)).tolist()
     expected = np.zeros(hints.shape[-1])
     for order in range(1, lookup.TRUST_ORDERS + 1):
-        wanted = context_of(end, order)
+        wanted = context(other, len(other), order)
         if wanted is None:
             break
-        at = [
-            i for i in range(ids.shape[1]) if context_of(ids[0, : i + 1].tolist(), order) == wanted
-        ]
+        at = [i for i in range(len(counted)) if context(counted, i + 1, order) == wanted]
         total = sum(w * hints[b, at].sum(0) for b, w in enumerate(later))
         expected = (expected + total) / (1 + sum(later) * len(at))
-    foretold = lookup.foretold_hints(made.trust.numpy(), made.table().hashes(end))
+    end = made.table().hashes(as_inputs(np.frombuffer(other, dtype=np.uint8)).tolist())
+    foretold = lookup.foretold_hints(made.trust.numpy(), end)
     np.testing.assert_allclose(foretold, expected, rtol=1e-3, atol=1e-5)
     made.eval()
     made.probability(torch.ones(ids.shape), batch, ids, torch.full_like(ids, PAD))
     assert not made.met
-
-
-def context_of(ids: list[int], order: int) -> list[int] | None:
-    """The last tokens; BOS may be the first of them, not another."""
-    last = ids[-order:]
-    return None if len(ids) < order or BOS in last[1:] else last
 
 
 @settings(max_examples=40)
