@@ -224,9 +224,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--plan_from", metavar="TEXT", help="guided by this text's plan instead of the prompt's")
     add(
-        "--plan_code", type=codes, metavar="K",
-        help="guided by this code of the codebook, from 0 on (of several: K,K,...); "
-        "see hrm-esp plans",
+        "--plan_code", type=int, metavar="K",
+        help="guided by this code of the codebook, from 0 on; see hrm-esp plans",
     )  # fmt: skip
     add(
         "--guidance", type=float, metavar="G",
@@ -314,11 +313,6 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("-o", "--out", default="curves.png", metavar="FILE",
                       help=".png, .svg or .pdf (default: curves.png)")  # fmt: skip
     return parser
-
-
-def codes(text: str) -> list[int]:
-    """``3`` or ``3,17``."""
-    return [int(part) for part in text.split(",")]
 
 
 def new_parser(make: Any, name: str | None, *args: Any, **keywords: Any) -> argparse.ArgumentParser:

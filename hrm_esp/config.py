@@ -73,17 +73,12 @@ class HRMConfig:
         True, "model", "a continuous plan instead of one expressed in a codebook's codes"
     )
     n_plan_codes: int = option(32, "model", "codes the plan is chosen from", low=2)
-    n_plan_groups: int = option(
-        1, "model", "codebooks: the plan is one code from each, side by side", low=1
-    )
     gumbel_hard: bool = option(
         False, "model", "straight-through Gumbel-Softmax: exactly one code, also in training"
     )
-    gumbel_tau: float = option(1.0, "model", "temperature of the Gumbel-Softmax", above=0)
     positions: str = option(
         "rotary", "model", "how a token knows its place", choices=("rotary", "learned")
     )
-    qk_norm: bool = option(True, "model", "queries and keys without their RMS norm")
     ngram_max: int = option(
         4, "model", "hashed n-gram embeddings of orders 2 to N; 1 is none", low=1, below=17
     )
@@ -120,11 +115,6 @@ class HRMConfig:
             raise HRMError(
                 f"rotary positions need an even d_model / n_heads, not {self.head_dim}: "
                 "change n_heads or give --positions learned"
-            )
-        if self.plan_dim % self.n_plan_groups:
-            raise HRMError(
-                f"plan_dim ({self.plan_dim}) must be a multiple of "
-                f"n_plan_groups ({self.n_plan_groups})"
             )
 
     @property
@@ -248,8 +238,8 @@ class PretrainConfig(TrainConfig):
         "same",
         "data",
         "the Planner reads the window being written (same), so that the Executor learns what plans "
-        "say, the one before it (previous), or either in turn",
-        choices=("same", "previous", "either"),
+        "say, or the one before it (previous)",
+        choices=("same", "previous"),
     )
     grow: bool = option(True, "training", "full windows and batches from the start")
     denoise: float = option(

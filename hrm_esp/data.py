@@ -336,10 +336,8 @@ class LMDataset(Sequence[Batch]):
         starts = (starts[:, None] + np.arange(pieces) * length).ravel()
         ring = self.stream[(starts[:, None] + np.arange(-length, length)) % len(self.stream)]
         y_in, y_out = as_inputs(ring[:, length - 1 : -1]), as_targets(ring[:, length:])
-        # In turn along the stream, whatever the shard; the offset is another in each epoch.
-        turn = {"same": True, "previous": False, "either": starts // length % 2 == 0}
-        own = np.broadcast_to(turn[self.planner_view], len(starts))[:, None]
-        read = as_inputs(np.where(own, ring[:, length:], ring[:, :length]))
+        own = self.planner_view == "same"
+        read = as_inputs(ring[:, length:] if own else ring[:, :length])
         prompt_ids = np.concatenate((np.full((len(starts), 1), BOS), read), axis=1)
         earlier = np.arange(-1 - self.recent_len, -1)
         before = self.stream[(starts[:, None] + earlier) % len(self.stream)]
@@ -418,8 +416,7 @@ def dataset_lm(
 
     Args:
         paths: files or folders; ``.gz`` is unpacked.
-        planner_view: what the Planner reads, the ``same`` window, the ``previous`` one, or
-            ``either`` in turn.
+        planner_view: what the Planner reads, the ``same`` window or the ``previous`` one.
         token_file: see `load_stream`.
 
     Raises:

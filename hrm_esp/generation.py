@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .data import as_inputs, encode_prompt, pad, prompt_tokens, to_bytes
 from .decoding import Decoder, Guided, Written, decode
@@ -72,7 +71,7 @@ class Settings:
         temperature: float | None = None,
         stop: str | Sequence[str] = (),
         plan_from: str | None = None,
-        plan_code: int | Sequence[int] | None = None,
+        plan_code: int | None = None,
         guidance: float | None = None,
         **sampling: Any,
     ) -> Settings:
@@ -113,10 +112,8 @@ class Settings:
 
 
 @torch.inference_mode()
-def steering_plan(
-    model: HRMModel, text: str | None, code: int | Sequence[int] | None
-) -> torch.Tensor | None:
-    """The plan of a text, or of a code of each codebook, (P,); or none.
+def steering_plan(model: HRMModel, text: str | None, code: int | None) -> torch.Tensor | None:
+    """The plan of a text, or of a code of the codebook, (P,); or none.
 
     Raises:
         HRMError: both, no codebook, or no such code.
@@ -129,16 +126,12 @@ def steering_plan(
         return model.planner(torch.tensor([prompt], device=model.device))[0][0]
     if code is None:
         return None
-    codebook, codes = model.planner.codebook, [code] if isinstance(code, int) else list(code)
+    codebook = model.planner.codebook
     if codebook is None:
         raise HRMError("this model has no codebook: give plan_from instead of plan_code")
-    if len(codes) != codebook.groups or not all(0 <= c < codebook.n_codes for c in codes):
-        raise HRMError(
-            f"plan_code must be {codebook.groups} number(s) from 0 to {codebook.n_codes - 1}, "
-            f"not {', '.join(map(str, codes))}"
-        )
-    chosen = F.one_hot(torch.tensor([codes], device=model.device), codebook.n_codes)
-    return codebook.mix(chosen.float())[0]
+    if not 0 <= code < codebook.n_codes:
+        raise HRMError(f"plan_code must be from 0 to {codebook.n_codes - 1}, not {code}")
+    return codebook.codes[code].detach()
 
 
 def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
@@ -158,7 +151,7 @@ def stream(model: HRMModel, prompt: str, **options: Any) -> Iterator[str]:
         seed: the same seed, the same text; by default a new one each time.
         precision: of the weights, ``fp32`` or ``bf16``; by default bf16 where the hardware has it.
         plan_from: a text whose plan is to guide the words, instead of the prompt's.
-        plan_code: the code whose plan is to; of several codebooks one each.
+        plan_code: the code whose plan is to.
         guidance: how far to follow one of these, 0 to 20: 1 writes as if it were the prompt's own
             plan, more goes further the same way (3), at half the speed.
         draft_len: bytes drafted ahead at most (24), see `decode`; 0: none.

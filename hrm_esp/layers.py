@@ -283,14 +283,14 @@ class MHA(nn.Module):
     """Multi-head attention: self (causal or not) or cross.
 
     Queries and keys are RMS-normalised per head (QK-norm: Henry et al. 2020; Dehghani et al.
-    2023, section 2) unless ``qk_norm`` is off, then rotated if angles are given.
+    2023, section 2), then rotated if angles are given.
     """
 
     def __init__(self, config: HRMConfig, *, causal: bool = False, cross: bool = False) -> None:
         super().__init__()
         d = config.d_model
         self.n_heads, self.head_dim = config.n_heads, config.head_dim
-        self.qk_norm, self.causal, self.cross = config.qk_norm, causal, cross
+        self.causal, self.cross = causal, cross
         if cross:
             self.wq = linear(d, d)
             self.wkv = linear(d, 2 * d)
@@ -358,8 +358,7 @@ class MHA(nn.Module):
 
     def _prepare(self, x: Tensor, angles: Angles | None) -> Tensor:
         """Norm and rotation of queries or keys. (B, T, H, d) -> the same."""
-        if self.qk_norm:
-            x = rms_norm(x)
+        x = rms_norm(x)
         return x if angles is None else rotate(x, angles)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

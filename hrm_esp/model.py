@@ -1,7 +1,7 @@
 """The two levels: a Planner that reads, an Executor that writes.
 
 Shapes: B rows, S prompt positions, T written positions, D = d_model, P = plan_dim,
-G codebooks of K codes, V = vocab_size.
+K codes of the codebook, V = vocab_size.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ N_POOLED = 1024  # rows by which new ones are standardized
 
 
 class Codebook(nn.Module):
-    """Chooses the plan from G codebooks of K codes by Gumbel-Softmax (Jang et al. 2017, section 2).
+    """Chooses the plan from K codes by Gumbel-Softmax (Jang et al. 2017, section 2).
 
     Logits are cosines times a learned scale. In training they are sampled: softly, or hard with
     straight-through gradients. In evaluation there is no noise: the same prompt, the same plan.
@@ -97,22 +97,18 @@ class Codebook(nn.Module):
         super().__init__()
         self.met: list[Tensor] = []  # in the step under way, (B, D) each
         self.register_buffer("last_pooled", torch.zeros(N_POOLED, config.d_model))
-        self.groups, self.n_codes = config.n_plan_groups, config.n_plan_codes
-        self.hard, self.tau = config.gumbel_hard, config.gumbel_tau
-        self.codes = nn.Parameter(
-            torch.randn(self.groups, self.n_codes, config.plan_dim // self.groups)
-        )
+        self.n_codes, self.hard = config.n_plan_codes, config.gumbel_hard
+        self.codes = nn.Parameter(torch.randn(self.n_codes, config.plan_dim))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, P) -> the plan (B, P) and the logits (B, G * K), codebook after codebook."""
+        """x: (B, P) -> the plan (B, P) and the logits (B, K)."""
         logits = self.log_scale.exp() * self.cosines(x)
-        return self.mix(self.weigh(logits)), logits.flatten(1)
+        return self.mix(self.weigh(logits)), logits
 
     def cosines(self, x: Tensor) -> Tensor:
-        """x: (B, P) -> those with the codes, (B, G, K)."""
-        parts = F.normalize(x.unflatten(-1, (self.groups, -1)).float(), dim=-1)
-        return torch.einsum("bgp,gkp->bgk", parts, F.normalize(self.codes.float(), dim=-1))
+        """x: (B, P) -> those with the codes, (B, K)."""
+        return F.normalize(x.float(), dim=-1) @ F.normalize(self.codes.float(), dim=-1).T
 
     def standardized(self, pooled: Tensor) -> Tensor:
         """(B, D) -> the same, less the mean of the rows last met, over their deviation."""
@@ -129,16 +125,16 @@ class Codebook(nn.Module):
         self.met = []
 
     def weigh(self, logits: Tensor) -> Tensor:
-        """Logits (B, G, K) -> the weight of each code, (B, G, K), each row summing to one."""
+        """Logits (B, K) -> the weight of each code, (B, K), each row summing to one."""
         if self.training:
-            return F.gumbel_softmax(logits, self.tau, self.hard)
+            return F.gumbel_softmax(logits, hard=self.hard)
         if self.hard:
             return F.one_hot(logits.argmax(-1), self.n_codes).to(logits.dtype)
-        return (logits / self.tau).softmax(-1)
+        return logits.softmax(-1)
 
     def mix(self, weights: Tensor) -> Tensor:
-        """Weights (B, G, K) -> the plan, (B, P)."""
-        return torch.einsum("bgk,gkp->bgp", weights, self.codes.to(weights.dtype)).flatten(1)
+        """Weights (B, K) -> the plan, (B, P)."""
+        return weights @ self.codes.to(weights.dtype)
 
 
 class Planner(nn.Module):
@@ -155,7 +151,7 @@ class Planner(nn.Module):
 
     def forward(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """prompt_ids: (B, S), PAD on the right -> the plan (B, P) and, with a codebook, its logits
-        (B, G * K)."""
+        (B, K)."""
         return self.plan(self.read(prompt_ids))
 
     def read(self, prompt_ids: Tensor) -> Memory:
@@ -169,7 +165,7 @@ class Planner(nn.Module):
         return Memory(self.norm(x), visible, characters(prompt_ids))
 
     def plan(self, memory: Memory) -> tuple[Tensor, Tensor | None]:
-        """States (B, S, D), mean-pooled without PAD -> plan (B, P), logits (B, G * K) or None."""
+        """States (B, S, D), mean-pooled without PAD -> plan (B, P), logits (B, K) or None."""
         states, visible, _ = memory
         if visible is None:
             pooled = states.mean(1)
@@ -184,7 +180,7 @@ class Planner(nn.Module):
 
     def last_logits(self) -> Tensor | None:
         """With a codebook, its logits for the rows last met in training, several for each code,
-        (N, G, K). The scale takes no gradient: to be surest of all choices, it would grow for ever.
+        (N, K). The scale takes no gradient: to be surest of all choices, it would grow for ever.
         """
         if self.codebook is None:
             return None
@@ -271,7 +267,7 @@ class ExecutorCache:
 class Nats(NamedTuple):
     """What a batch costs in nats: each row's targets, ``mixed`` with the counts and by the network
     ``alone``, and a token of the prompt to the ``bag`` that the plan foretells, all (B,). With a
-    codebook also its ``code_logits`` (B, G * K)."""
+    codebook also its ``code_logits`` (B, K)."""
 
     mixed: Tensor
     alone: Tensor
@@ -416,7 +412,7 @@ class HRMModel(nn.Module):
     def forward(
         self, prompt_ids: Tensor, y_in: Tensor, reads_memory: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """prompt_ids: (B, S), y_in: (B, T) -> logits (B, T, V), codebook logits (B, G * K) or None.
+        """prompt_ids: (B, S), y_in: (B, T) -> logits (B, T, V), codebook logits (B, K) or None.
 
         Args:
             reads_memory: (B,) bool, the rows whose Executor may attend to the prompt, if the model

@@ -98,9 +98,9 @@ class PackedBlock(nn.Module):
     def __init__(self, block: DecoderBlock, dtype: torch.dtype) -> None:
         super().__init__()
         attn, ffn = block.attn, block.ffn
-        self.n_heads, self.head_dim, self.qk_norm = attn.n_heads, attn.head_dim, attn.qk_norm
+        self.n_heads, self.head_dim = attn.n_heads, attn.head_dim
         self.dtype = dtype
-        self.scale = self.head_dim ** (0.5 if self.qk_norm else -0.5)
+        self.scale = self.head_dim**0.5
         d = attn.wqkv.in_features
         self.floor, self.head_floor = floor_of(d), floor_of(self.head_dim)
         wqkv = attn.wqkv.weight * block.norm_attn.weight * d**0.5
@@ -139,8 +139,7 @@ class PackedBlock(nn.Module):
         low = (x / lengths(x, self.floor)).to(self.dtype)
         qkv = product(low, self.wqkv).to(x.dtype).view(b, t, 3 * h, self.head_dim)
         qk = qkv[:, :, : 2 * h]
-        if self.qk_norm:
-            qk.div_(lengths(qk, self.head_floor))
+        qk.div_(lengths(qk, self.head_floor))
         if turns is not None:
             torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turns)
         q, k, v = qkv.transpose(1, 2).split(h, dim=1)

@@ -23,7 +23,7 @@ WORD = re.compile(r"\w{3,}")
 
 
 class Plans(NamedTuple):
-    """N texts; their plans (N, P); with codebooks, how much each code is chosen, (N, G, K)."""
+    """N texts; their plans (N, P); with a codebook, how much each code is chosen, (N, K)."""
 
     texts: list[str]
     vectors: NDArray[np.float32]
@@ -47,8 +47,7 @@ def plans_of(model: HRMModel, texts: Sequence[str]) -> Plans:
         plan, logits = model.planner(ids)
         vectors.append(plan.float().cpu().numpy())
         if logits is not None:
-            by_group = logits.unflatten(-1, (model.config.n_plan_groups, -1))
-            choices.append(by_group.float().softmax(-1).cpu().numpy())
+            choices.append(logits.float().softmax(-1).cpu().numpy())
     return Plans(list(texts), np.concatenate(vectors), np.concatenate(choices) if choices else None)
 
 
@@ -70,20 +69,18 @@ def report(plans: Plans) -> Iterator[str]:
         return
     words = [set(WORD.findall(text.lower())) for text in plans.texts]
     everywhere = Counter(word for of_text in words for word in of_text)
-    for group in range(plans.choices.shape[1]):
-        chosen = plans.choices[:, group].argmax(-1)
-        counts = np.bincount(chosen, minlength=plans.choices.shape[2])
-        used = perplexity(torch.from_numpy(counts[None]).float())
-        title = f"codebook {group}: " if plans.choices.shape[1] > 1 else ""
-        yield f"{title}{len(plans.texts):,} texts, {used:.1f} of {len(counts)} codes (perplexity)"
-        for code in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
-            (texts,) = np.nonzero(chosen == code)
-            yield f"\ncode {code}: {len(texts) / len(chosen):.1%}"
-            told = telling([words[i] for i in texts], everywhere, len(words))
-            if told:
-                yield f"  words: {', '.join(told)}"
-            for i in texts[np.argsort(-plans.choices[texts, group, code], kind="stable")][:3]:
-                yield f"  {plans.choices[i, group, code]:.2f}  {shortened(plans.texts[i])}"
+    chosen = plans.choices.argmax(-1)
+    counts = np.bincount(chosen, minlength=plans.choices.shape[1])
+    used = perplexity(torch.from_numpy(counts).float())
+    yield f"{len(plans.texts):,} texts, {used:.1f} of {len(counts)} codes (perplexity)"
+    for code in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
+        (texts,) = np.nonzero(chosen == code)
+        yield f"\ncode {code}: {len(texts) / len(chosen):.1%}"
+        told = telling([words[i] for i in texts], everywhere, len(words))
+        if told:
+            yield f"  words: {', '.join(told)}"
+        for i in texts[np.argsort(-plans.choices[texts, code], kind="stable")][:3]:
+            yield f"  {plans.choices[i, code]:.2f}  {shortened(plans.texts[i])}"
 
 
 def telling(texts: Sequence[set[str]], everywhere: Counter[str], n_texts: int) -> list[str]:
@@ -129,7 +126,7 @@ def draw_map(plans: Plans, out: str) -> None:
     centred = plans.vectors - plans.vectors.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     x, y = (centred @ axes[:2].T).T if len(axes) > 1 else np.zeros((2, len(centred)))
-    codes = None if plans.choices is None else plans.choices[:, 0].argmax(-1)
+    codes = None if plans.choices is None else plans.choices.argmax(-1)
     with figure(out, 1, 1, (9, 7)) as panels:
         panel = panels.flat[0]
         panel.scatter(x, y, c=codes, cmap="viridis", s=18, alpha=0.7)

@@ -38,7 +38,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def perplexity(usage: Tensor) -> float:
-    """How many codes are in use: counts (G, K) -> exp of the entropy, averaged over codebooks."""
+    """How many codes are in use: counts (K,) -> exp of the entropy."""
     return float(entropy(usage / usage.sum(-1, keepdim=True)).exp().mean())
 
 
@@ -107,7 +107,7 @@ class Meter:
 
     def add(self, nats: float, tokens: int, norm: float, usage: Tensor | None) -> None:
         """Takes in a step: the loss of so many tokens, summed, the norm of its gradient, and counts
-        of the codes (G, K)."""
+        of the codes (K,)."""
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
         self.norms += [norm] if math.isfinite(norm) else []
         if usage is not None:

@@ -107,7 +107,7 @@ class Step(NamedTuple):
     shown: int
     norm: float  # of the gradient, before it is clipped
     lr: float
-    usage: Tensor | None  # counts of the codes chosen, (G, K); in this process
+    usage: Tensor | None  # counts of the codes chosen, (K,); in this process
 
 
 class Score(NamedTuple):
@@ -136,7 +136,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def even_shares(code_logits: Tensor) -> Tensor:
-    """Each row dealt out to the codes it likes, so that all codes get about alike much: (B, G, K),
+    """Each row dealt out to the codes it likes, so that all codes get about alike much: (B, K),
     each row summing to one (Sinkhorn's algorithm, as in Caron et al. 2020, SwAV, section 3.1)."""
     share = code_logits.float() / SINKHORN_TAU
     for _ in range(3):
@@ -146,12 +146,12 @@ def even_shares(code_logits: Tensor) -> Tensor:
 
 
 def codebook_penalty(code_logits: Tensor) -> Tensor:
-    """The cross-entropy of the rows' choices against `even_shares`, in nats, averaged over
-    codebooks. It is nought when every row is sure of its code and all codes are used alike; also a
+    """The cross-entropy of the rows' choices against `even_shares`, in nats. It
+    is nought when every row is sure of its code and all codes are used alike; also a
     code that nobody chooses has a gradient.
 
     Args:
-        code_logits: (B, G, K), with B several times K: each code is to have rows.
+        code_logits: (B, K), with B several times K: each code is to have rows.
     """
     shares = even_shares(code_logits.detach())
     return -(shares * code_logits.float().log_softmax(-1)).sum(-1).mean()
@@ -460,7 +460,7 @@ class Trainer:
                     bags = (cost.bag * batch.has_targets).sum()
                     loss = loss + BAG_WEIGHT * bags / max(1, n_texts)
                 if cost.code_logits is not None and last is not None:
-                    codes = cost.code_logits.unflatten(-1, (self.model.config.n_plan_groups, -1))
+                    codes = cost.code_logits
                     chosen = F.one_hot(codes.argmax(-1), codes.shape[-1]).sum(0).float()
                     usage = chosen if usage is None else usage + chosen
                     share = self.options.codebook_penalty * len(batch.y_out) / n_rows

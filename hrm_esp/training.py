@@ -154,7 +154,7 @@ def train_ft(
         raise HRMError("nothing is left to train on: give another --val or --val_fraction")
     model = model_to_finetune(checkpoint, options).to(device)
     if model.config.gumbel and options.context == "plan":
-        bits = model.config.n_plan_groups * math.log2(model.config.n_plan_codes)
+        bits = math.log2(model.config.n_plan_codes)
         say(
             "warning: with a codebook the plan says which of its codes a prompt has, about "
             f"{bits:.3g} bits: give --no_gumbel for one that holds more, or --context memory"

@@ -96,7 +96,7 @@ def test_the_token_file_is_used_again_until_the_source_changes(tmp_path: Path) -
     st.integers(1, 5),
     st.sampled_from([1, 2, 4]),
     st.integers(0, 5),
-    st.sampled_from(["same", "previous", "either"]),
+    st.sampled_from(["same", "previous"]),
 )
 def test_windows_cover_every_byte_as_target(
     text: str, length: int, pieces: int, seed: int, view: str
@@ -132,15 +132,6 @@ def test_the_previous_view_ends_where_the_window_begins() -> None:
     assert decode(batch.prompt_ids[0].tolist()) == "0123"
     assert decode(batch.y_in[0].tolist()) == "3456"
     assert decode(batch.y_out[0].tolist()) == "4567"
-
-
-def test_either_view_is_that_of_one_window_and_not_of_the_next() -> None:
-    text, starts = ring(b"0123456789\nabcdefghi\n"), np.array([4, 8, 12])
-    same, previous, either = (
-        LMDataset(text, 4, view).windows(starts).prompt_ids
-        for view in ("same", "previous", "either")
-    )
-    assert (either[::2] == previous[::2]).all() and (either[1] == same[1]).all()
 
 
 def test_the_past_ends_where_the_window_begins() -> None:

@@ -29,14 +29,13 @@ from hrm_esp.tokenizer import BOS, PAD, PLAN, VOCAB_SIZE
 KINDS = [
     {},
     {"positions": "learned", "d_model": 18},  # heads of an odd width
-    {"qk_norm": False},
     {"ngram_max": 1},
     {"ngram_max": 7},
     {"count_max": 0},
     {"count_max": 5},
     {"recent_len": 20},
     {"gumbel": False},
-    {"gumbel_hard": True, "n_plan_groups": 2},
+    {"gumbel_hard": True},
     {"memory": True},
     {"memory": True, "positions": "learned"},
 ]
@@ -269,18 +268,16 @@ def test_memory_is_read_only_where_allowed() -> None:
 
 
 @pytest.mark.parametrize("hard", [True, False])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_codebook(hard: bool, groups: int) -> None:
-    model = random_model(gumbel_hard=hard, n_plan_groups=groups)
+def test_codebook(hard: bool) -> None:
+    model = random_model(gumbel_hard=hard)
     prompt = tokens(4, 9)
     plan, logits = model.planner(prompt)
-    assert plan.shape == (4, CONFIG.plan_dim) and logits.shape == (4, groups * CONFIG.n_plan_codes)
+    assert plan.shape == (4, CONFIG.plan_dim) and logits.shape == (4, CONFIG.n_plan_codes)
     assert torch.equal(plan, model.planner(prompt)[0])  # the same prompt, the same plan
     codes = model.planner.codebook.codes
-    if hard:  # one code of each group, whole
-        for row, g in itertools.product(range(4), range(groups)):
-            part = plan[row].view(groups, -1)[g]
-            assert (codes[g] == part).all(-1).any()
+    if hard:  # one code, whole
+        for row in plan:
+            assert (codes == row).all(-1).any()
     model.train()
     assert not torch.equal(model.planner(prompt)[0], model.planner(prompt)[0])
     model(prompt, tokens(4, 5))[0].square().sum().backward()
@@ -334,8 +331,8 @@ def test_too_many_positions_are_refused() -> None:
         {"d_model": 12, "n_heads": 4},
         {"dropout": 1.0},
         {"positions": "none"},
-        {"plan_dim": 10, "n_plan_groups": 3},
-        {"gumbel_tau": float("nan")},
+        {"n_plan_codes": 1},
+        {"dropout": float("nan")},
     ],
     ids=str,
 )

@@ -17,7 +17,6 @@ ROWS: dict[str, dict[str, object]] = {
     "learned positions": {"positions": "learned"},
     "AdamW instead of Muon, same lr": {"optimizer": "adamw"},
     "AdamW instead of Muon, lr 2e-3": {"optimizer": "adamw", "lr": 2e-3},
-    "no QK-norm": {"qk_norm": False},
     "no zero-initialised outputs": {"zero_init": False},
     "no n-gram counts": {"count_max": 0},
     "no counts of what came before the window": {"recent_len": 0},
@@ -25,13 +24,8 @@ ROWS: dict[str, dict[str, object]] = {
     "no n-gram embeddings": {"ngram_max": 1},
     "full windows and batches from the start": {"grow": False},
     "Planner view: previous": {"planner_view": "previous"},
-    "Planner view: either": {"planner_view": "either"},
     "continuous plan": {"gumbel": False},
     "straight-through codebook": {"gumbel_hard": True},
-    "straight-through, 8 groups of 64": {
-        "gumbel_hard": True, "n_plan_groups": 8, "n_plan_codes": 64,
-    },
-    "soft, 8 groups of 64": {"n_plan_groups": 8, "n_plan_codes": 64},
     "no codebook penalty": {"codebook_penalty": 0.0},
 }  # fmt: skip
 
