@@ -1,18 +1,19 @@
-"""Every hyperparameter, stated once: its name, default, meaning and the flag made from it.
+"""All hyperparameters: name, default, range and help text, each stated once.
 
-Nothing here imports torch, so that ``hrm-esp --help`` answers at once.
+This module does not import torch, so that ``hrm-esp --help`` answers at once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import HRMError
 
 DEFAULT_DIR = "checkpoints"
-RECENT_ORDERS = (4, 6, 10)  # of the n-grams counted in what was read last
+RECENT_ORDERS = (4, 6, 10)  # orders of the n-grams counted in the text just read
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"d_model": 128, "n_heads": 4, "n_layers_enc": 1, "n_layers_dec": 3},
@@ -21,89 +22,96 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def option(default: Any, group: str, text: str, **keywords: Any) -> Any:
-    """A dataclass field that is a command-line flag too; the text describes the flag.
+def option(default: Any, group: str, text: str, *, flag: bool = True, **rules: Any) -> Any:
+    """Declares a dataclass field that can be set from the command line.
 
     Args:
-        default: the field's default; a ``bool`` that is true becomes the flag ``--no_<name>``.
+        default: the field's default. A ``bool`` that is true becomes the flag ``--no_<name>``.
         group: the heading under which ``--help`` lists the flag.
-        text: the flag's help.
-        keywords: ``choices`` and ``type`` as in ``argparse``; ``low`` and ``high``, the smallest
-            and largest value allowed; ``above`` and ``below``, bounds no value may reach.
+        text: what the field does; of a ``bool``, what it does when true.
+        flag: the field has a flag of its own; otherwise it is set with ``--set name=value``.
+        rules: ``choices``, ``type`` and ``metavar`` as in ``argparse``; ``low`` and ``high``, the
+            smallest and largest value allowed; ``above`` and ``below``, exclusive bounds.
     """
-    return field(default=default, metadata={"group": group, "help": text, **keywords})
+    return field(default=default, metadata={"group": group, "help": text, "flag": flag, **rules})
 
 
 def check_fields(config: Any) -> None:
-    """Raises HRMError unless every field keeps to its own ``choices`` and bounds."""
+    """Checks every field of a config against its ``choices`` and bounds.
+
+    Raises:
+        HRMError: a value is not allowed.
+    """
     for f in fields(config):
-        value, meta = getattr(config, f.name), f.metadata
+        value, rules = getattr(config, f.name), f.metadata
         if value is None:
             continue
-        if "choices" in meta and value not in meta["choices"]:
-            raise HRMError(f"{f.name} must be one of {', '.join(meta['choices'])}, not {value!r}")
+        if "choices" in rules and value not in rules["choices"]:
+            raise HRMError(f"{f.name} must be one of {', '.join(rules['choices'])}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise HRMError(f"{f.name} must be a finite number, not {value}")
-        if "low" in meta and value < meta["low"]:
-            raise HRMError(f"{f.name} must be at least {meta['low']}, not {value}")
-        if "high" in meta and value > meta["high"]:
-            raise HRMError(f"{f.name} must be at most {meta['high']}, not {value}")
-        if "above" in meta and value <= meta["above"]:
-            raise HRMError(f"{f.name} must be more than {meta['above']}, not {value}")
-        if "below" in meta and value >= meta["below"]:
-            raise HRMError(f"{f.name} must be less than {meta['below']}, not {value}")
+        if "low" in rules and value < rules["low"]:
+            raise HRMError(f"{f.name} must be at least {rules['low']}, not {value}")
+        if "high" in rules and value > rules["high"]:
+            raise HRMError(f"{f.name} must be at most {rules['high']}, not {value}")
+        if "above" in rules and value <= rules["above"]:
+            raise HRMError(f"{f.name} must be more than {rules['above']}, not {value}")
+        if "below" in rules and value >= rules["below"]:
+            raise HRMError(f"{f.name} must be less than {rules['below']}, not {value}")
 
 
 @dataclass(frozen=True)
 class HRMConfig:
-    """What a model is: enough to rebuild it, kept in every checkpoint.
+    """The model: all that is needed to rebuild it. Part of every checkpoint.
 
     Raises:
-        HRMError: a value out of its range, or values that do not fit together.
+        HRMError: a value is out of range, or values do not fit together.
     """
 
     d_model: int = option(256, "model", "width of the residual stream", low=2)
     n_heads: int = option(4, "model", "attention heads; must divide d_model", low=1)
-    n_layers_enc: int = option(2, "model", "blocks of the Planner", low=1)
-    n_layers_dec: int = option(4, "model", "blocks of the Executor", low=1)
-    ff_mult: int = option(4, "model", "width of the feed-forward part, in d_model", low=1)
-    max_len: int = option(512, "model", "bytes the Executor sees at once", low=8)
-    plan_dim: int = option(256, "model", "width of the plan vector", low=1)
-    gumbel: bool = option(
-        True, "model", "a continuous plan instead of one expressed in a codebook's codes"
+    n_layers_enc: int = option(2, "model", "layers of the Planner", low=1)
+    n_layers_dec: int = option(4, "model", "layers of the Executor", low=1)
+    ff_mult: int = option(
+        4, "model", "width of the feed-forward layers, in units of d_model", flag=False, low=1
     )
-    n_plan_codes: int = option(32, "model", "codes the plan is chosen from", low=2)
+    max_len: int = option(512, "model", "context length in bytes", low=8)
+    plan_dim: int = option(256, "model", "dimension of the plan vector", low=1)
+    gumbel: bool = option(True, "model", "discrete plan: a codebook with Gumbel-Softmax")
+    n_plan_codes: int = option(32, "model", "codes in the codebook", low=2)
     gumbel_hard: bool = option(
-        False, "model", "straight-through Gumbel-Softmax: exactly one code, also in training"
+        False, "model", "straight-through Gumbel-Softmax: exactly one code", flag=False
     )
     positions: str = option(
-        "rotary", "model", "how a token knows its place", choices=("rotary", "learned")
+        "rotary", "model", "position encoding", flag=False, choices=("rotary", "learned")
     )
     ngram_max: int = option(
-        4, "model", "hashed n-gram embeddings of orders 2 to N; 1 is none", low=1, below=17
+        4,
+        "model",
+        "hashed n-gram embeddings of orders 2 to N; 1 is none",
+        flag=False,
+        low=1,
+        below=17,
     )
-    ngram_bits: int = option(14, "model", "2^N rows for each order", low=1, below=25)
+    ngram_bits: int = option(
+        14, "model", "2^N rows per order in the n-gram embedding table", flag=False, low=1, below=25
+    )
     ngram_dropout: float = option(
-        0.5, "model", "share of the n-gram vectors dropped in training, 0 to 1", low=0, below=1
+        0.5, "model", "dropout of whole n-gram embeddings", flag=False, low=0, below=1
     )
     count_max: int = option(
-        16,
-        "model",
-        "length of the longest n-grams counted, in the training text and in what was read last; "
-        "under 4 is none",
-        low=0,
+        16, "model", "longest n-gram counted, in bytes; less than 4 is none", flag=False, low=0
     )
     recent_len: int = option(
         4096,
         "model",
-        "bytes before the window whose n-grams are counted, too, as the Executor reads",
+        "bytes before the window whose n-grams are counted while reading",
+        flag=False,
         low=0,
     )
-    dropout: float = option(
-        0.0, "model", "share of activations dropped in training, 0 to 1", low=0, below=1
-    )
-    # Not a flag of its own: PretrainConfig.denoise and FinetuneConfig.context decide it.
-    memory: bool = field(default=False, metadata={"hidden": True})
+    dropout: float = option(0.0, "model", "dropout rate", low=0, below=1)
+    # Not an option: PretrainConfig.denoise and FinetuneConfig.context decide it.
+    cross_attention: bool = field(default=False, metadata={"hidden": True})
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -114,7 +122,7 @@ class HRMConfig:
         if self.positions == "rotary" and self.head_dim % 2:
             raise HRMError(
                 f"rotary positions need an even d_model / n_heads, not {self.head_dim}: "
-                "change n_heads or give --positions learned"
+                "change n_heads or give --set positions=learned"
             )
 
     @property
@@ -122,22 +130,22 @@ class HRMConfig:
         return self.d_model // self.n_heads
 
     @property
-    def counts(self) -> bool:
-        """Whether n-grams are counted at all."""
+    def counts_ngrams(self) -> bool:
+        """Whether the model mixes n-gram counts with the network."""
         return self.count_max >= RECENT_ORDERS[0]
 
     @property
-    def past_len(self) -> int:
-        """Bytes before the window that are of any use."""
-        return self.recent_len if self.counts else 0
+    def preceding_len(self) -> int:
+        """Bytes before the window that the model uses."""
+        return self.recent_len if self.counts_ngrams else 0
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What both trainings have in common.
+    """Options that pretraining and finetuning share.
 
     Raises:
-        HRMError: a value out of its range, or two lengths for one run.
+        HRMError: a value is out of range, or more than one length of the run is given.
     """
 
     epochs: int | None = option(
@@ -149,69 +157,79 @@ class TrainConfig:
     minutes: float | None = option(
         None, "run", "train for N minutes, such as 0.5 (default: 10)", above=0, type=float
     )
-    batch_size: int = option(
-        8, "training", "windows of max_len bytes a step, in each process", low=1
-    )
-    grad_accum: int = option(1, "training", "batches whose gradients make one step", low=1)
+    batch_size: int = option(8, "training", "windows of max_len bytes per step and process", low=1)
+    grad_accum: int = option(1, "training", "micro-batches per optimizer step", flag=False, low=1)
     lr: float = option(6e-3, "training", "peak learning rate", above=0)
     optimizer: str = option(
         "muon",
         "training",
         "muon: Muon for the matrices in the blocks, AdamW for the rest; adamw: AdamW for all",
+        flag=False,
         choices=("muon", "adamw"),
     )
     weight_decay: float = option(
-        0.1, "training", "decoupled weight decay of the matrices in the blocks", low=0
+        0.1, "training", "decoupled weight decay of the matrices in the blocks", flag=False, low=0
     )
-    warmup: int = option(10, "training", "steps in which the learning rate rises", low=0)
+    warmup: int = option(10, "training", "warmup steps of the learning rate", flag=False, low=0)
     decay: float = option(
-        0.4, "training", "last share of the run, 0 to 1, in which it falls to zero", low=0, high=1
+        0.4,
+        "training",
+        "last fraction of the run in which the learning rate decays linearly to 0",
+        flag=False,
+        low=0,
+        high=1,
     )
     patience: int = option(
         2,
         "training",
-        "scorings worse than the best, of some 8 in a run, after which the learning rate begins "
-        "to fall and the run ends early; 0 is never",
+        "validations without improvement before the learning rate decays and the run ends; "
+        "0 is never",
+        flag=False,
         low=0,
     )
     grad_clip: float = option(
-        1.0, "training", "largest gradient norm, n-gram tables aside; 0 is no limit", low=0
+        1.0,
+        "training",
+        "maximum gradient norm, n-gram embeddings aside; 0 is no clipping",
+        flag=False,
+        low=0,
     )
     codebook_penalty: float = option(
-        0.1, "training", "weight of the reward for using all codes alike, in nats", low=0
+        0.1, "training", "weight of the loss that balances the codes", flag=False, low=0
     )
     precision: str = option(
         "auto",
         "training",
-        "auto is bf16 where the hardware has it, else fp16 on CUDA, else fp32",
+        "auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32",
+        flag=False,
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(
-        False, "training", "torch.compile the blocks: slow to start, then faster"
+        False, "training", "compile the blocks with torch.compile: slow start", flag=False
     )
     val_fraction: float | None = option(
         None,
         "data",
-        "share of the data, 0 to 1, held out and never trained on (default: 0.05; of fewer than "
-        "1,000 pairs 50, or a fifth if that is less)",
+        "fraction of the data that is held out (default: 0.05; of fewer than 1,000 pairs 50, or a "
+        "fifth if that is less)",
+        flag=False,
         low=0,
         below=1,
         type=float,
     )
     encoding: str = option("utf-8", "data", "of the text files: latin-1, cp1252, utf-16, ...")
     sample_prompt: str | None = option(
-        None, "run", "at each scoring, show what the model makes of this prompt", type=str
-    )
-    seed: int = option(
-        0, "run", "of the weights, the order of the data and all noise", low=0, below=2**63
-    )
-    out_dir: str = option(DEFAULT_DIR, "run", "folder for the checkpoints")
-    keep: int = option(3, "run", "epoch checkpoints to keep, the newest", low=1)
+        None, "run", "show what the model writes after this prompt at each validation", flag=False,
+        type=str,
+    )  # fmt: skip
+    seed: int = option(0, "run", "random seed of weights, data order and noise", low=0, below=2**63)
+    out_dir: str = option(DEFAULT_DIR, "run", "folder of the run", metavar="DIR")
+    keep: int = option(3, "run", "newest epoch checkpoints to keep", flag=False, low=1)
     save_every: float = option(
-        5.0, "run", "minutes between two saved states, from which a run can be resumed", above=0
+        5.0, "run", "minutes between two saved states, for --resume", flag=False, above=0
     )
-    resume: bool = option(False, "run", "go on with the run in out_dir where it stopped")
-    overwrite: bool = option(False, "run", "start anew in a folder that holds a run")
+    resume: bool = option(False, "run", "continue the run in out_dir")
+    overwrite: bool = option(False, "run", "discard the existing run in out_dir")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -226,27 +244,30 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
-    """How to pretrain."""
+    """Options of pretraining."""
 
     sep: str = option(
         "line",
         "data",
-        "what ends a document: each line, or a blank one, for books with hard-wrapped lines",
+        "what ends a document: each line, or a blank line (for books with wrapped lines)",
         choices=("line", "blank"),
     )
-    planner_view: str = option(
+    planner_input: str = option(
         "same",
         "data",
-        "the Planner reads the window being written (same), so that the Executor learns what plans "
-        "say, or the one before it (previous)",
+        "what the Planner reads in training: the same window as the Executor, or the previous one",
+        flag=False,
         choices=("same", "previous"),
     )
-    grow: bool = option(True, "training", "full windows and batches from the start")
+    grow: bool = option(
+        True, "training", "begin with shorter windows and smaller batches", flag=False
+    )
     denoise: float = option(
         0.125,
         "training",
-        "share of the batches in which the Executor restores damaged lines that the Planner reads; "
-        "finetuning builds on it",
+        "fraction of the batches in which the Executor restores corrupted text that the Planner "
+        "reads",
+        flag=False,
         low=0,
         below=1,
     )
@@ -254,30 +275,125 @@ class PretrainConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    """How to finetune."""
+    """Options of finetuning."""
 
     batch_size: int = option(
-        2, "training", "pairs a step, in each process, in units of max_len bytes", low=1
+        2, "training", "size of a batch of pairs per process, in units of max_len bytes", low=1
     )
-    dropout: float = option(
-        0.2, "model", "share of activations dropped in training, 0 to 1", low=0, below=1
-    )
+    dropout: float = option(0.2, "model", "dropout rate", low=0, below=1)
     ngram_dropout: float = option(
-        0.5, "model", "share of the n-gram vectors dropped in training, 0 to 1", low=0, below=1
+        0.5, "model", "dropout of whole n-gram embeddings", flag=False, low=0, below=1
     )
     context: str = option(
-        "memory",
+        "cross_attention",
         "model",
-        "memory: the Executor also attends to the Planner's states of the prompt; "
-        "plan: it has the plan vector alone",
-        choices=("memory", "plan"),
+        "how the Executor reads the prompt. cross_attention: the plan, and the Planner's states; "
+        "plan: the plan vector only",
+        choices=("cross_attention", "plan"),
     )
-    gumbel: bool = option(True, "model", "drop the checkpoint's codebook: a continuous plan")
-    blocks: str = option(
+    gumbel: bool = option(True, "model", "keep the checkpoint's codebook")
+    reinit_blocks: str = option(
         "auto",
         "training",
-        "keep: all of the checkpoint; new: the self attention and feed-forward of all blocks begin "
-        "as in a new model; auto: new if a pretrained checkpoint foretells the answers much worse "
-        "than held-out text",
-        choices=("auto", "keep", "new"),
+        "reinitialize the self-attention and feed-forward layers of a pretrained checkpoint. "
+        "auto: if it predicts the targets much worse than held-out text",
+        choices=("auto", "never", "always"),
     )
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Options of generation.
+
+    Raises:
+        HRMError: a value is out of range, or options exclude each other.
+    """
+
+    mode: str | None = option(
+        None,
+        "sampling",
+        "continue: the prompt and its continuation; answer: the answer only (default: answer after "
+        "finetuning, else continue)",
+        choices=("continue", "answer"),
+        type=str,
+    )
+    max_new_tokens: int | None = option(
+        None, "sampling", "maximum number of bytes to generate (default: 512)", low=1, type=int
+    )
+    min_new_tokens: int = option(
+        0, "sampling", "minimum number of bytes to generate, unless a stop sequence comes", low=0
+    )
+    temperature: float | None = option(
+        None, "sampling", "0 is greedy (default: 0.8; in answer mode 0)", low=0, type=float
+    )
+    top_k: int = option(0, "sampling", "sample from the K most likely bytes; 0 is all", low=0)
+    top_p: float = option(
+        1.0,
+        "sampling",
+        "nucleus sampling: smallest set with total probability P",
+        above=0,
+        high=1,
+    )
+    min_p: float = option(
+        0.0,
+        "sampling",
+        "drop bytes that are less than P times as likely as the most likely one",
+        low=0,
+        high=1,
+    )
+    stop: str | Sequence[str] = option((), "sampling", "stop sequence, repeatable", metavar="TEXT")
+    seed: int | None = option(
+        None, "sampling", "random seed (default: a new one each time)", low=0, below=2**63, type=int
+    )
+    plan_from: str | None = option(
+        None, "plan", "use this text's plan instead of the prompt's", metavar="TEXT", type=str
+    )
+    plan_code: int | None = option(
+        None, "plan", "use the plan of this code of the codebook, from 0; see hrm-esp plans",
+        low=0, type=int,
+    )  # fmt: skip
+    guidance: float | None = option(
+        None,
+        "plan",
+        "classifier-free guidance scale for --plan_from and --plan_code, 0 to 20: 1 is none and "
+        "twice as fast (default: 3)",
+        low=0,
+        high=20,
+        type=float,
+    )
+    precision: str = option(
+        "auto",
+        "run",
+        "of the weights; auto: bf16 where the hardware has it",
+        choices=("auto", "fp32", "bf16"),
+    )
+    draft_len: int = option(
+        24,
+        "run",
+        "speculative decoding: bytes drafted per pass (same distribution, different samples per "
+        "seed); 0 is off",
+        low=0,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise HRMError(
+                f"min_new_tokens ({self.min_new_tokens}) must not be more than max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
+        if "" in self.stop_sequences:
+            raise HRMError("stop must not be empty")
+        if self.plan_from is not None and self.plan_code is not None:
+            raise HRMError("give plan_from or plan_code, not both")
+        if self.plan_from is None and self.plan_code is None and self.guidance is not None:
+            raise HRMError("guidance needs plan_from or plan_code: give one of them")
+
+    @property
+    def max_bytes(self) -> int:
+        """``max_new_tokens`` with its default filled in."""
+        return self.max_new_tokens or max(512, self.min_new_tokens)
+
+    @property
+    def stop_sequences(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

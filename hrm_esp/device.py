@@ -1,4 +1,4 @@
-"""Which device, and in which precision."""
+"""Devices, precision and CPU threads."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 from .errors import HRMError
 
 
 def choose_device(name: str | None = None, cpu: bool = False) -> torch.device:
-    """The named device, or the best there is: CUDA, then Apple's MPS, then the CPU.
+    """Returns the named device, or the best available: CUDA, then MPS, then the CPU.
 
     Raises:
-        HRMError: no such device here.
+        HRMError: this machine has no such device.
     """
     if cpu:
         name = "cpu"
@@ -32,13 +33,13 @@ def choose_device(name: str | None = None, cpu: bool = False) -> torch.device:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware; emulated they are slower."""
+    """Whether the CPU multiplies bfloat16 matrices in hardware; emulation is slower than fp32."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def choose_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """The dtype of matrix products in training and scoring; float32 means no autocast."""
+    """Returns the dtype of matrix products in training and evaluation; float32 is no autocast."""
     if precision == "auto":
         if device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -47,27 +48,29 @@ def choose_precision(device: torch.device, precision: str = "auto") -> torch.dty
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for what comes next. It gives large blocks back to the system
-    otherwise, and each step of a training pays for fresh pages. For the whole process, for good.
-
-    What is free by now is given back first: reading a corpus takes more than training does.
-    """
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    try:
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
-    except (AttributeError, OSError, TypeError):
-        return  # another C library
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Mixed precision; does nothing for float32."""
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 @contextmanager
-def at_most(n_threads: int) -> Iterator[None]:
-    """So many CPU threads for what is computed inside, if there are more: where there is little to
-    share, others save no time, and waiting for them costs much on a busy machine. Other threads of
-    the program keep their number, but one that first computes meanwhile keeps this one."""
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module in evaluation mode and restores its mode at the end, even after an error."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+@contextmanager
+def limit_threads(n_threads: int) -> Iterator[None]:
+    """Uses at most ``n_threads`` CPU threads inside the block.
+
+    Small operations gain nothing from more threads, and waiting for them is slow on a busy machine.
+    Other Python threads keep their setting, unless they first compute during the block.
+    """
     before = torch.get_num_threads()
     if before <= n_threads:
         yield
@@ -79,6 +82,17 @@ def at_most(n_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Mixed precision, or nothing for float32."""
-    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory for later allocations, for the rest of the process.
+
+    By default glibc returns large blocks to the system, and each training step pays for new pages.
+    Memory that is free now goes back first: reading a corpus takes more than training.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    try:
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
+    except (AttributeError, OSError, TypeError):
+        return  # another C library

@@ -1,4 +1,4 @@
-"""Files that are never half written, and those that are read where they lie."""
+"""Atomic writes, and files that are built once and memory-mapped."""
 
 from __future__ import annotations
 
@@ -13,27 +13,34 @@ from typing import IO
 
 import numpy as np
 
-PARTIAL = ".partial"  # how the names of files end that are not yet whole
-HEADER = 4096  # of a mapped file: one page, so that what comes after it stays aligned
+PathLike = str | os.PathLike[str]
+
+PARTIAL_SUFFIX = ".partial"  # of files that are still being written
+HEADER_BYTES = 4096  # of a cached file: one page, so that the data after it stays aligned
 
 
-def remove_partial(folder: Path, *names: str) -> None:
-    """Removes what processes that were killed left half written in a folder, of files whose names
-    begin with one of ``names``: another run may be writing others."""
-    for path in folder.glob(f".*{PARTIAL}"):
-        if path.name[1:].startswith(names):
+def remove_partial_files(folder: Path, *prefixes: str) -> None:
+    """Deletes what killed processes left half written in a folder.
+
+    Args:
+        prefixes: only files whose names begin with one of these: another run may be writing others.
+    """
+    for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
+        if path.name[1:].startswith(prefixes):
             path.unlink(missing_ok=True)
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write in place of ``path``: beside it, synced, then renamed. A crash at any moment
-    leaves the old one or the new one; a failure leaves the old one and nothing else.
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that replaces ``path`` when the block ends.
+
+    The data goes to a temporary file in the same folder, which is synced and then renamed. A crash
+    at any moment leaves the old file or the new one; an exception leaves the old one.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
         with open(temporary, "x+b") as file:
             yield file
@@ -51,51 +58,53 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
-def mapped(path: Path, key: str, write: Callable[[IO[bytes]], None]) -> np.ndarray:
-    """The bytes that ``write`` writes, memory-mapped from the file ``path``.
+def mmap_cached(path: Path, key: str, write: Callable[[IO[bytes]], None]) -> np.ndarray:
+    """Memory-maps the bytes that ``write`` produces, from the cache file ``path``.
 
-    It is written where it is not there, damaged, or of another ``key``, which says what it was made
-    from; a failure leaves no part of it.
+    The file is written if it is missing, damaged, or has another ``key``.
+
+    Args:
+        key: identifies what the data was made from.
 
     Returns:
-        uint8, (N,); what is changed of it stays in memory.
+        uint8, (N,), copy-on-write: changes stay in memory.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written.
+        OSError: the disk is full, or the folder cannot be written. No part of the file is left.
     """
-    if not is_whole(path, key):
-        is_new = not path.parent.exists()
+    if not is_valid(path, key):
+        is_new_folder = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with written_whole(path) as file:
-                file.write(bytes(HEADER))
+            with atomic_write(path) as file:
+                file.write(bytes(HEADER_BYTES))
                 write(file)
-                start = header(key, file)
+                header = cache_header(key, file)
                 file.seek(0)
-                file.write(start)
+                file.write(header)
         except BaseException:
-            if is_new:
-                with suppress(OSError):  # there is more in it by now
+            if is_new_folder:
+                with suppress(OSError):  # not empty: something else was written meanwhile
                     path.parent.rmdir()
             raise
-    return np.memmap(path, dtype=np.uint8, mode="c", offset=HEADER)
+    return np.memmap(path, dtype=np.uint8, mode="c", offset=HEADER_BYTES)
 
 
-def is_whole(path: Path, key: str) -> bool:
-    """Whether a mapped file is there, of this key and undamaged."""
-    if not path.is_file() or path.stat().st_size <= HEADER:
+def is_valid(path: Path, key: str) -> bool:
+    """Whether a cache file exists, has this key and is undamaged."""
+    if not path.is_file() or path.stat().st_size <= HEADER_BYTES:
         return False
     with open(path, "rb") as file:
-        found = file.read(HEADER)
-        of_this_key = found.startswith(json.dumps({"key": key})[:-1].encode())
-        return of_this_key and found == header(key, file)
+        found = file.read(HEADER_BYTES)
+        has_key = found.startswith(json.dumps({"key": key})[:-1].encode())
+        return has_key and found == cache_header(key, file)
 
 
-def header(key: str, file: IO[bytes]) -> bytes:
-    """What a mapped file begins with: the key, and the size and checksum of the rest."""
-    file.seek(HEADER)
+def cache_header(key: str, file: IO[bytes]) -> bytes:
+    """Returns the header of a cache file: its key, and the size and checksum of its data."""
+    file.seek(HEADER_BYTES)
     size = checksum = 0
     while block := file.read(2**20):
         size, checksum = size + len(block), zlib.crc32(block, checksum)
     fields = {"key": key, "bytes": size, "crc32": checksum}
-    return json.dumps(fields).encode().ljust(HEADER)
+    return json.dumps(fields).encode().ljust(HEADER_BYTES)

@@ -21,7 +21,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 import hrm_esp
-from hrm_esp import FinetuneConfig, HRMConfig, PretrainConfig, progress
+from hrm_esp import FinetuneConfig, HRMConfig, PretrainConfig
+from hrm_esp.training import metrics_log
 
 STEPS = 30
 SAMPLES = Path(hrm_esp.__file__).parent / "samples"
@@ -77,7 +78,7 @@ def show_texts(model: hrm_esp.HRMModel) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    progress.LOG_SECONDS = 0.0  # each step
+    metrics_log.LOG_SECONDS = 0.0  # each step
     for name, (config, options) in VARIANTS.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)

@@ -1,0 +1,1 @@
+"""What plans stand for, and curves of runs."""

@@ -1,0 +1,370 @@
+"""The command line's parser. Flags of hyperparameters are made from the configs.
+
+This module does not import torch, so that ``hrm-esp --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
+from typing import Any, NoReturn, TypeVar
+
+from .. import __version__
+from ..config import (
+    DEFAULT_DIR,
+    SIZES,
+    FinetuneConfig,
+    GenerationConfig,
+    HRMConfig,
+    PretrainConfig,
+)
+from ..errors import HRMError
+
+Config = TypeVar("Config")
+DESCRIPTION = "A byte-level language model for Spanish with a Planner and an Executor."
+TRAIN_GROUPS = ("data", "model", "training", "run")
+TYPES = {"int": int, "float": float, "str": str}
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+EXAMPLES = {
+    "": """\
+examples:
+  hrm-esp pretrain                        on the bundled stories, 10 minutes
+  hrm-esp finetune                        on the bundled numbers in words
+  hrm-esp generate --prompt "4827"        cuatro mil ochocientos veintisiete
+  hrm-esp COMMAND --help                  the flags of a command
+""",
+    "pretrain": """\
+examples:
+  hrm-esp pretrain corpus.txt
+  hrm-esp pretrain books/ --val held_out.txt --minutes 60
+  hrm-esp pretrain old.txt --encoding latin-1 --size tiny --epochs 3
+  hrm-esp pretrain corpus.txt --set optimizer=adamw --set lr=1e-3
+""",
+    "finetune": """\
+examples:
+  hrm-esp finetune data.tsv
+  hrm-esp finetune data.tsv --ckpt checkpoints/pretrain_last.pt --minutes 15
+  hrm-esp finetune data.tsv --from_scratch --size tiny
+  hrm-esp finetune data.tsv --context plan --no_gumbel
+""",
+    "generate": """\
+examples:
+  hrm-esp generate --prompt "En un lugar de la Mancha"
+  hrm-esp generate --prompt "La casa" --temperature 0.6 --top_k 40 --seed 1
+  hrm-esp generate --ckpt checkpoints/pretrain_best.pt --mode continue --max_new_tokens 200
+  hrm-esp generate --prompt "Había una vez" --num_samples 5 --stop "."
+  hrm-esp generate --prompts questions.txt --json > answers.jsonl
+""",
+    "evaluate": """\
+examples:
+  hrm-esp evaluate book.txt
+  hrm-esp evaluate held_out.tsv --ckpt checkpoints/finetune_best.pt --json
+""",
+    "pairs": """\
+examples:
+  hrm-esp pairs corpus.txt -o accents.tsv
+  hrm-esp finetune accents.tsv
+""",
+    "plans": """\
+examples:
+  hrm-esp plans corpus.txt
+  hrm-esp plans "Había una vez" "El mar está lejos" -o map.png
+""",
+    "plot": """\
+examples:
+  hrm-esp plot checkpoints
+  hrm-esp plot small base -o comparison.svg
+""",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as an HRMError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise HRMError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser. ``args.command`` is the name of the command."""
+    parser = _new_parser(Parser, "", prog="hrm-esp", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"hrm-esp {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, add_flags, text in (
+        ("pretrain", _add_pretrain, "Train a model on text."),
+        ("finetune", _add_finetune, "Finetune a model on prompts and targets."),
+        ("generate", _add_generate, "Continue a prompt, or answer it."),
+        ("evaluate", _add_evaluate, "Score a model on a text, or on a .tsv of pairs."),
+        ("pairs", _add_pairs, "Make pairs for restoring accents from a text."),
+        ("plans", _add_plans, "Show what the plans of texts stand for."),
+        ("plot", _add_plot, "Draw the curves of runs."),
+    ):
+        command = _new_parser(commands.add_parser, name, name, help=text, description=text)
+        command.set_defaults(command=name)
+        add_flags(command)
+    return parser
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "corpus", nargs="*", help="text files or folders, .gz too (default: the bundled stories)"
+    )
+    groups = {name: parser.add_argument_group(name) for name in TRAIN_GROUPS}
+    groups["data"].add_argument(
+        "--val", metavar="FILE", help="held-out text (default: the end of the corpus)"
+    )
+    groups["model"].add_argument(
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="1.4, 7.6 or 51 million weights; sets d_model, n_heads and the number of layers "
+        "(default: small)",
+    )
+    add_fields(groups, HRMConfig)
+    add_fields(groups, PretrainConfig)
+    _add_set(groups["run"], HRMConfig, PretrainConfig)
+    _add_device(groups["run"])
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "tsv", nargs="?", help="rows of prompt TAB target (default: the bundled numbers)"
+    )
+    groups = {name: parser.add_argument_group(name) for name in TRAIN_GROUPS}
+    groups["data"].add_argument(
+        "--val", metavar="FILE", help="held-out TSV (default: some of the rows)"
+    )
+    groups["model"].add_argument(
+        "--ckpt",
+        metavar="FILE",
+        help=f"checkpoint to start from (default: of the pretrain run in {DEFAULT_DIR})",
+    )
+    groups["model"].add_argument(
+        "--from_scratch", action="store_true", help="start from a new model of --size"
+    )
+    groups["model"].add_argument("--size", choices=SIZES, help="of the new model (default: small)")
+    add_fields(groups, FinetuneConfig)
+    _add_set(groups["run"], FinetuneConfig, HRMConfig)
+    _add_device(groups["run"])
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    groups = {n: parser.add_argument_group(n) for n in ("input", "sampling", "plan", "run")}
+    add = groups["input"].add_argument
+    add("--prompt", help="text to continue or to answer (default: empty)")
+    add("--prompts", metavar="FILE", help="a prompt per line; - is standard input")
+    add("--encoding", default="utf-8", help="of the file of --prompts (default: utf-8)")
+    add("--num_samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
+    add(
+        "--json",
+        action="store_true",
+        help="a JSON object per text: prompt, text, logprob, logprobs, finish_reason",
+    )
+    _add_ckpt(groups["input"])
+    add_fields(groups, GenerationConfig)
+    groups["run"].add_argument(
+        "--batch_size", type=int, default=32, metavar="N",
+        help="texts generated together (default: 32)",
+    )  # fmt: skip
+    _add_device(groups["run"])
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a text, or a .tsv of pairs; .gz too")
+    _add_ckpt(parser)
+    groups = {name: parser.add_argument_group(name) for name in ("data", "results", "run")}
+    add = groups["data"].add_argument
+    add("--encoding", default="utf-8", help="of the file (default: utf-8)")
+    add(
+        "--sep",
+        choices=("line", "blank"),
+        default="line",
+        help="what ends a document of a text: each line, or a blank line (default: line)",
+    )
+    add = groups["results"].add_argument
+    add("--json", action="store_true", help="print a JSON object")
+    add("--predictions", metavar="FILE", help="write prompt, target and answer of each row here")
+    add = groups["run"].add_argument
+    add("--batch_size", type=int, default=16, metavar="N", help="windows per batch (default: 16)")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of matrix products (default: auto)",
+    )
+    _add_device(groups["run"])
+
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", help="a text file, .gz too")
+    parser.add_argument("-o", "--out", metavar="FILE", help=".tsv (default: standard output)")
+    parser.add_argument(
+        "--max_bytes", type=int, default=300, metavar="N",
+        help="leave out longer sentences (default: 300)",
+    )  # fmt: skip
+    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
+
+
+def _add_plans(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "texts", nargs="+", metavar="TEXT", help="a text, or a file with a text per line (or .tsv)"
+    )
+    _add_ckpt(parser)
+    parser.add_argument("-o", "--out", metavar="FILE", help="draw a map: .png, .svg or .pdf")
+    _add_device(parser)
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="the --out_dir of a run")
+    parser.add_argument("-o", "--out", default="curves.png", metavar="FILE",
+                        help=".png, .svg or .pdf (default: curves.png)")  # fmt: skip
+
+
+def _new_parser(make: Any, name: str, *args: Any, **keywords: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = make(
+        *args,
+        epilog=EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **keywords,
+    )
+    return parser
+
+
+def _add_ckpt(parser: Any) -> None:
+    parser.add_argument(
+        "--ckpt",
+        metavar="FILE",
+        help=f"checkpoint (default: the best of the newest run in {DEFAULT_DIR})",
+    )
+
+
+def _add_device(parser: Any) -> None:
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best available)")
+    parser.add_argument("--cpu", action="store_true", help="same as --device cpu")
+
+
+def _add_set(group: Any, *configs: type) -> None:
+    group.add_argument(
+        "--set",
+        action=SetAction,
+        configs=configs,
+        metavar="NAME=VALUE",
+        default=argparse.SUPPRESS,
+        help="set any other hyperparameter, repeatable; --set help lists them",
+    )
+
+
+def options(*configs: type) -> dict[str, Field[Any]]:
+    """Returns the fields of some configs that can be set, by name; the first config wins."""
+    found: dict[str, Field[Any]] = {}
+    for config in configs:
+        for f in fields(config):
+            if "hidden" not in f.metadata:
+                found.setdefault(f.name, f)
+    return found
+
+
+def option_type(f: Field[Any]) -> type:
+    """Returns the type of an option's value on the command line."""
+    explicit: type | None = f.metadata.get("type")
+    return explicit or TYPES[type(f.default).__name__]
+
+
+def option_default(f: Field[Any]) -> str:
+    """Returns the default of an option as its help shows it."""
+    if f.default is None or f.default == ():
+        return ""
+    prefix = "that of --size; small: " if f.name in SIZES["small"] else ""
+    return f" (default: {prefix}{f.default})"
+
+
+def add_fields(groups: dict[str, Any], config: type) -> None:
+    """Adds a flag for each field of a config that has one. Only flags that are given become
+    attributes of the parsed arguments."""
+    for f in fields(config):
+        rules = f.metadata
+        if "hidden" in rules or not rules["flag"]:
+            continue
+        add, text = groups[rules["group"]].add_argument, rules["help"]
+        if isinstance(f.default, bool):
+            flag = f"--no_{f.name}" if f.default else f"--{f.name}"
+            add(
+                flag,
+                dest=f.name,
+                action="store_const",
+                const=not f.default,
+                default=argparse.SUPPRESS,
+                help=f"turn off: {text}" if f.default else text,
+            )
+            continue
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if isinstance(f.default, tuple):
+            keywords |= {"action": "append", "metavar": rules["metavar"]}
+        elif "choices" in rules:
+            keywords["choices"] = rules["choices"]
+        else:
+            kind = option_type(f)
+            keywords |= {
+                "type": kind,
+                "metavar": rules.get("metavar", "TEXT" if kind is str else "N"),
+            }
+        add(f"--{f.name}", help=text + option_default(f), **keywords)
+
+
+class SetAction(argparse.Action):
+    """``--set name=value`` sets a field of a config; ``--set help`` lists the fields."""
+
+    def __init__(self, *args: Any, configs: Sequence[type], **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.configs = configs
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
+        if value == "help":
+            print("\n".join(describe_options(*self.configs)))
+            parser.exit()
+        name, equals, text = value.partition("=")
+        name = name.strip().replace("-", "_")
+        known = options(*self.configs)
+        if not equals or name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise HRMError(
+                f"--set {value}: give NAME=VALUE; {hint}{parser.prog} --set help lists the names"
+            )
+        setattr(namespace, name, parse_value(known[name], text.strip()))
+
+
+def parse_value(f: Field[Any], text: str) -> Any:
+    """Converts the text of a value to the type of its field.
+
+    Raises:
+        HRMError: the text is no such value.
+    """
+    if isinstance(f.default, bool):
+        if text.lower() not in BOOLS:
+            raise HRMError(f"--set {f.name}: give true or false, not {text!r}")
+        return BOOLS[text.lower()]
+    try:
+        return option_type(f)(text)
+    except ValueError as error:
+        kind = option_type(f).__name__
+        raise HRMError(f"--set {f.name}: {text!r} is not a valid {kind}") from error
+
+
+def describe_options(*configs: type) -> Iterator[str]:
+    """Yields the help of all options that have no flag."""
+    for name, f in options(*configs).items():
+        if not f.metadata["flag"]:
+            choices = f"{' | '.join(f.metadata['choices'])}: " if "choices" in f.metadata else ""
+            yield f"{name:18} {choices}{f.metadata['help']}{option_default(f)}"
+
+
+def from_args(config: type[Config], args: argparse.Namespace, **preset: Any) -> Config:
+    """Builds a config from the flags that were given, over a preset."""
+    names = {f.name for f in fields(config)}  # type: ignore[arg-type]
+    return config(**preset | {k: v for k, v in vars(args).items() if k in names})

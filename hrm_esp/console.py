@@ -1,0 +1,28 @@
+"""Messages and progress bars, all on stderr: stdout is for results."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from .distributed import rank
+
+
+def print0(text: str) -> None:
+    """Prints a line on stderr, from process 0 only; a progress bar moves out of its way."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def progress_bar(total: int, unit: str, show: bool = True) -> tqdm[NoReturn]:
+    """Returns a bar for an evaluation, shown on a terminal only and cleared at the end."""
+    return tqdm(
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        desc="scoring",
+        leave=False,
+        disable=None if show else True,
+    )

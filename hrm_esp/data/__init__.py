@@ -1,0 +1,29 @@
+"""Text files to batches."""
+
+from .accents import accent_pairs as accent_pairs
+from .batch import WHOLE as WHOLE
+from .batch import Batch as Batch
+from .batch import Pair as Pair
+from .batch import Shard as Shard
+from .batch import collate_pairs as collate_pairs
+from .batch import pad as pad
+from .batch import prompt_tokens as prompt_tokens
+from .corruption import corrupt as corrupt
+from .corruption import strip_accents as strip_accents
+from .finetuning import TSVDataset as TSVDataset
+from .finetuning import dataset_tsv as dataset_tsv
+from .finetuning import encode_prompt as encode_prompt
+from .finetuning import split_pairs as split_pairs
+from .pretraining import LMDataset as LMDataset
+from .pretraining import dataset_lm as dataset_lm
+from .report import CorpusStats as CorpusStats
+from .report import corpus_stats as corpus_stats
+from .stream import ByteStream as ByteStream
+from .stream import as_inputs as as_inputs
+from .stream import as_targets as as_targets
+from .stream import load_stream as load_stream
+from .stream import split_stream as split_stream
+from .text import TextStats as TextStats
+from .text import load_corpus_lines as load_corpus_lines
+from .text import to_bytes as to_bytes
+from .text import truncate_utf8 as truncate_utf8

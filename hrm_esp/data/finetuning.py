@@ -1,0 +1,125 @@
+"""Prompt and target pairs for finetuning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from ..console import print0
+from ..errors import HRMError
+from ..files import PathLike
+from .batch import WHOLE, Batch, Pair, Shard, collate_pairs, collate_shard, group_by_length
+from .stream import VAL_FRACTION
+from .text import TextStats, load_corpus_lines, to_bytes, truncate_utf8
+
+MIN_VAL_PAIRS = 50  # pairs held out by default, if that is at most a fifth of all
+
+
+def encode_prompt(prompt: str, max_len: int) -> bytes:
+    """Returns a prompt to be answered as bytes: NFC, line breaks as spaces, cut to ``max_len``."""
+    return truncate_utf8(to_bytes(re.sub("[\r\n]+", " ", prompt)), max_len)
+
+
+class TSVDataset(Sequence[Pair]):
+    """Pairs in memory, batched by length.
+
+    Args:
+        max_len: bytes of a prompt and of a target.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], max_len: int) -> None:
+        self.pairs, self.max_len = pairs, max_len
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        return self.pairs[index]
+
+    def collate(self, pairs: Sequence[Pair]) -> Batch:
+        """See `collate_pairs`."""
+        return collate_pairs(pairs, self.max_len)
+
+    def groups(self, batch_size: int, order: np.ndarray) -> list[list[Pair]]:
+        """Groups the pairs into batches of at most ``batch_size * max_len`` tokens."""
+        return group_by_length(self.pairs, order, batch_size * self.max_len)
+
+    def batches(
+        self,
+        size: Callable[[], tuple[int, int]],
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        shard: Shard = WHOLE,
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yields all pairs once, shuffled; the order is a function of ``seed`` and ``epoch``.
+
+        Args:
+            size: called once; its first value is the size of a batch in units of ``max_len``.
+            skip: number of pairs to skip.
+            shard: the part of each batch to return.
+
+        Yields:
+            The number of pairs done, and the batch.
+        """
+        rng = np.random.default_rng((seed, epoch))
+        groups = self.groups(size()[0], rng.permutation(len(self.pairs)))
+        n_done = 0
+        for i in rng.permutation(len(groups)):
+            n_done += len(groups[i])
+            if n_done > skip:
+                yield n_done, collate_shard(groups[i], self.max_len, shard)
+
+
+def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") -> TSVDataset:
+    """Reads ``prompt TAB target`` rows. Further tabs belong to the target; blank lines are skipped.
+
+    A row without a target has its prompt as target (pure LM). A pair longer than ``max_len`` is
+    cut, and a warning counts such pairs.
+
+    Raises:
+        HRMError: the file is missing, a folder, not text, or has no rows.
+    """
+    stats = TextStats()
+    pairs, n_cut = [], 0
+    for line in load_corpus_lines(path, encoding, stats):
+        data = to_bytes(line)
+        prompt, _, target = data.partition(b"\t")
+        lm = not target.strip()
+        if lm:
+            target = prompt
+        pairs.append(Pair(truncate_utf8(prompt, max_len), truncate_utf8(target, max_len), lm))
+        n_cut += len(prompt) > max_len or len(target) > max_len
+    stats.report_undecodable(path, encoding)
+    if not pairs:
+        raise HRMError(f"no rows in {path}: give one 'prompt TAB target' per line")
+    if n_cut:
+        print0(
+            f"warning: {path}: cut {n_cut:,} of {len(pairs):,} pairs, which are longer than "
+            f"max_len ({max_len} bytes)"
+        )
+    return TSVDataset(pairs, max_len)
+
+
+def split_pairs(
+    data: TSVDataset, fraction: float | None, seed: int
+) -> tuple[TSVDataset, TSVDataset]:
+    """Shuffles the rows and holds some of them out.
+
+    Args:
+        fraction: of the distinct rows, about. ``None`` is 5%, but of few rows 50, or a fifth if
+            that is less: choosing the best checkpoint needs some.
+
+    Returns:
+        The training rows, none of which is held out, and the held-out rows, each once.
+    """
+    pairs = [data[i] for i in np.random.default_rng(seed).permutation(len(data))]
+    distinct = list(dict.fromkeys(pairs))
+    n = round(len(distinct) * (VAL_FRACTION if fraction is None else fraction))
+    if fraction is None:
+        n = max(n, min(MIN_VAL_PAIRS, len(distinct) // 5))
+    held_out = set(distinct[:n])
+    rest = [pair for pair in pairs if pair not in held_out]
+    return TSVDataset(rest, data.max_len), TSVDataset(distinct[:n], data.max_len)

@@ -1,0 +1,296 @@
+"""Evaluation. It is honest: the Planner sees only what precedes the bytes being predicted.
+
+Shapes: B rows, N bytes of a stream, T = max_len.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..console import progress_bar
+from ..data import (
+    Batch,
+    ByteStream,
+    Pair,
+    TSVDataset,
+    as_inputs,
+    as_targets,
+    dataset_tsv,
+    load_stream,
+    truncate_utf8,
+)
+from ..device import autocast, choose_precision, eval_mode
+from ..errors import HRMError
+from ..files import PathLike
+from ..generation import generate_batch, window_start, window_stride
+from ..model import HRMModel
+from ..tokenizer import BOS, PAD
+from .metrics import Interval, bootstrap_ratio, edit_distance, wilson_interval
+
+Progress = Callable[[int], object]  # called with the number of bytes or rows just done
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Score of a text of ``n`` bytes, line breaks included, each predicted once."""
+
+    bits_per_byte: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.bits_per_byte:.3f} bits per byte over {self.n:,} bytes"
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """Score of pairs: greedy answers to the ``n`` rows with a target, and bits per target byte of
+    all rows, their ends included.
+
+    Error rates are edits per character and per word of the targets. Intervals are 95% confidence
+    intervals: Wilson's for exact match, bootstrap over rows for the rest. All but the bits are
+    ``None`` where no row has a target.
+    """
+
+    bits_per_byte: float
+    bits_per_byte_interval: Interval
+    n: int = 0
+    exact_match: float | None = None
+    exact_match_interval: Interval | None = None
+    char_error_rate: float | None = None
+    char_error_rate_interval: Interval | None = None
+    word_error_rate: float | None = None
+    word_error_rate_interval: Interval | None = None
+
+    def __str__(self) -> str:
+        low, high = self.bits_per_byte_interval
+        bits = f"{self.bits_per_byte:.3f} ({low:.3f} to {high:.3f}) bits per target byte"
+        if self.exact_match is None:
+            return bits
+
+        def percent(value: float | None, interval: Interval | None) -> str:
+            assert value is not None and interval is not None
+            return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
+
+        return (
+            f"exact match {percent(self.exact_match, self.exact_match_interval)}, "
+            f"character errors {percent(self.char_error_rate, self.char_error_rate_interval)}, "
+            f"word errors {percent(self.word_error_rate, self.word_error_rate_interval)} "
+            f"over {self.n:,} rows, {bits}"
+        )
+
+
+class Answer(NamedTuple):
+    """A pair and the model's answer to its prompt."""
+
+    pair: Pair
+    text: str
+
+
+@torch.inference_mode()
+def batch_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> np.ndarray:
+    """Returns the bits of the targets of each row, (B,)."""
+    batch = batch.to(model.device)
+    with autocast(model.device, dtype):
+        nll = model.nll(*batch).mixture
+    return nll.cpu().double().numpy() / math.log(2)  # on the CPU first: MPS has no float64
+
+
+def scoring_windows(
+    stream: ByteStream, max_len: int, starts: Sequence[int], recent_len: int = 0
+) -> Batch:
+    """Makes a batch of the windows that begin at ``starts``, the same as in generation.
+
+    The targets of a window are the bytes that no earlier window predicts. The Planner reads the
+    ``max_len`` bytes before the first target, the n-gram counts the ``recent_len`` bytes before the
+    window.
+    """
+    n = len(stream)
+    prompt_ids = np.full((len(starts), max_len + 1), PAD)
+    y_in, y_out = np.full((2, len(starts), max_len), PAD)
+    preceding_ids = np.full((len(starts), recent_len), PAD)
+    prompt_ids[:, 0] = BOS
+    for row, start in enumerate(starts):
+        end = min(start + max_len, n)
+        first = start + max_len // 2 if start else 0  # target
+        prompt = as_inputs(stream[max(0, first - max_len) : first])
+        prompt_ids[row, 1 : len(prompt) + 1] = prompt
+        preceding = as_inputs(stream[max(0, start - 1 - recent_len) : start])
+        if start <= recent_len:
+            preceding = np.concatenate(([BOS], preceding))
+        preceding_ids[row, recent_len + 1 - len(preceding) :] = preceding[:-1]
+        y_in[row, 0] = preceding[-1]
+        y_in[row, 1 : end - start] = as_inputs(stream[start : end - 1])
+        y_out[row, first - start : end - start] = as_targets(stream[first:end])
+    width = min(max_len, n)
+    prompt_width = (prompt_ids != PAD).sum(1).max()
+    return Batch(
+        torch.from_numpy(prompt_ids[:, :prompt_width]),
+        torch.from_numpy(y_in[:, :width]),
+        torch.from_numpy(y_out[:, :width]),
+        preceding_ids=torch.from_numpy(preceding_ids),
+    )
+
+
+def score_stream(
+    model: HRMModel,
+    stream: ByteStream,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> TextScore:
+    """Scores a stream (N,) in windows of ``max_len``, ``batch_size`` at a time."""
+    max_len = model.config.max_len
+    last = window_start(len(stream), max_len)
+    starts = range(0, last + 1, window_stride(max_len))
+    # The first window is a batch of its own: its Planner reads BOS only, the rest would be PAD.
+    groups = [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]
+    bits = 0.0
+    with eval_mode(model):
+        for group in groups:
+            batch = scoring_windows(stream, max_len, group, model.config.preceding_len)
+            bits += float(batch_bits(model, batch, dtype).sum())
+            if progress is not None:
+                progress(batch.n_targets)
+    return TextScore(bits / len(stream), len(stream))
+
+
+def pair_bits(
+    model: HRMModel, data: TSVDataset, dtype: torch.dtype = torch.float32, batch_size: int = 8
+) -> np.ndarray:
+    """Returns the bits of each row's target and its number of tokens, the end included:
+    (len(data), 2), in any order."""
+    rows = []
+    with eval_mode(model):
+        for pairs in data.groups(batch_size, np.arange(len(data))):
+            batch = data.collate(pairs)
+            n_tokens = (batch.y_out != PAD).sum(1).numpy()
+            rows.append(np.stack((batch_bits(model, batch, dtype), n_tokens), axis=1))
+    return np.concatenate(rows)
+
+
+def answer_pairs(
+    model: HRMModel, data: TSVDataset, batch_size: int = 64, progress: Progress | None = None
+) -> list[Answer]:
+    """Generates greedy answers to the rows with a target, in their order. An answer that is too
+    long to be right is cut."""
+    indices = [i for i, p in enumerate(data) if not p.lm]
+    indices.sort(key=lambda i: (len(data[i].target), len(data[i].prompt)))
+    answers: dict[int, Answer] = {}
+    for begin in range(0, len(indices), batch_size):
+        group = indices[begin : begin + batch_size]
+        pairs = [data[i] for i in group]
+        # 4 bytes more than are kept: where a last character no longer fits depends on the batch.
+        completions = generate_batch(
+            model, [p.prompt.decode() for p in pairs], mode="answer", precision="fp32",
+            max_new_tokens=max_answer_len(pairs[-1]) + 4, batch_size=batch_size,
+        )  # fmt: skip
+        for i, pair, completion in zip(group, pairs, completions, strict=True):
+            text = truncate_utf8(completion.text.encode(), max_answer_len(pair)).decode()
+            answers[i] = Answer(pair, text)
+        if progress is not None:
+            progress(len(group))
+    return [answers[i] for i in sorted(answers)]
+
+
+def max_answer_len(pair: Pair) -> int:
+    """Returns from how many bytes on an answer is wrong anyway."""
+    return 2 * len(pair.target) + 16
+
+
+def score_pairs(
+    model: HRMModel,
+    data: TSVDataset,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> PairScore:
+    """Scores pairs. Rows without a target count in the bits only."""
+    answers = answer_pairs(model, data, batch_size, progress)
+    return score_answers(answers, pair_bits(model, data, dtype))
+
+
+def score_answers(answers: Sequence[Answer], bits: np.ndarray) -> PairScore:
+    """Scores answers; ``bits`` (rows, 2) as `pair_bits` returns them."""
+    bits_per_byte, bits_interval = bootstrap_ratio(bits)
+    if not answers:
+        return PairScore(bits_per_byte, bits_interval)
+    chars, words = [], []
+    for pair, text in answers:
+        target = pair.target.decode()
+        chars.append((edit_distance(text, target), len(target)))
+        words.append((edit_distance(text.split(), target.split()), len(target.split())))
+    n_correct = sum(text == pair.target.decode() for pair, text in answers)
+    char_rate, char_interval = bootstrap_ratio(np.array(chars))
+    word_rate, word_interval = bootstrap_ratio(np.array(words))
+    return PairScore(
+        bits_per_byte=bits_per_byte,
+        bits_per_byte_interval=bits_interval,
+        n=len(answers),
+        exact_match=n_correct / len(answers),
+        exact_match_interval=wilson_interval(n_correct, len(answers)),
+        char_error_rate=char_rate,
+        char_error_rate_interval=char_interval,
+        word_error_rate=word_rate,
+        word_error_rate_interval=word_interval,
+    )
+
+
+def evaluate(
+    model: HRMModel,
+    path: PathLike,
+    *,
+    encoding: str = "utf-8",
+    precision: str = "auto",
+    batch_size: int = 16,
+    show_progress: bool = False,
+    predictions: PathLike | None = None,
+    sep: str = "line",
+) -> TextScore | PairScore:
+    """Scores a file: as pairs if its name ends in ``.tsv`` or ``.tsv.gz``, else as text.
+
+    Args:
+        sep: what ends a document of a text, see `load_stream`.
+        predictions: a file to write prompt, target and answer of each pair to, separated by tabs.
+
+    Raises:
+        HRMError: a file that cannot be read or is empty; predictions of a text.
+    """
+    dtype = choose_precision(model.device, precision)
+    if predictions is not None:
+        check_predictions(path, Path(predictions))
+    if not is_table(path):
+        text = load_stream([path], encoding, sep=sep)
+        with progress_bar(len(text), "B", show_progress) as bar:
+            return score_stream(model, text, dtype, batch_size, bar.update)
+    data = dataset_tsv(path, model.config.max_len, encoding=encoding)
+    with progress_bar(len(data), "row", show_progress) as bar:
+        answers = answer_pairs(model, data, 4 * batch_size, bar.update)
+    if predictions is not None:
+        with open(predictions, "w", encoding="utf-8", newline="\n") as file:
+            for pair, answer in answers:
+                # A tab or line break in an answer would look like the next column or row.
+                columns = pair.prompt.decode(), pair.target.decode(), answer
+                file.write("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in columns) + "\n")
+    return score_answers(answers, pair_bits(model, data, dtype))
+
+
+def is_table(path: PathLike) -> bool:
+    return str(path).endswith((".tsv", ".tsv.gz"))
+
+
+def check_predictions(path: PathLike, predictions: Path) -> None:
+    """Raises HRMError if the predictions of ``path`` cannot be written to ``predictions``."""
+    if not is_table(path):
+        raise HRMError(f"{path} is not a .tsv: there are no predictions to write")
+    if not predictions.parent.is_dir() or predictions.is_dir():
+        raise HRMError(f"cannot write {predictions}: give a file in a folder that exists")
+    if predictions.exists() and predictions.samefile(path):
+        raise HRMError(f"--predictions would overwrite {path}: give another file")

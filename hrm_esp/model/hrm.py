@@ -1,0 +1,143 @@
+"""The model: Planner and Executor.
+
+Shapes: B rows, S prompt positions, T target positions, R preceding positions, D = d_model, P =
+plan_dim, K codes, N orders of n-grams, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HRMConfig
+from ..tokenizer import PAD
+from .embeddings import NgramEmbedding, TokenEmbedding
+from .executor import Executor
+from .planner import EncoderOutput, Planner, PlanOutput
+
+
+class RunningStats(NamedTuple):
+    """What one batch adds to the model's running statistics: ``pooled`` (B, D) to the codebook's
+    queue; ``ids`` (B, T) and ``gate_logits`` (B, T, N) to the means that drafts use. ``None``
+    without a codebook or without n-gram counts. See `HRMModel.update_running_stats`."""
+
+    pooled: Tensor | None
+    ids: Tensor
+    gate_logits: Tensor | None
+
+
+class LossTerms(NamedTuple):
+    """Losses of each row, in nats, (B,).
+
+    ``mixture`` and ``network``: negative log-likelihood of all targets, with the n-gram counts and
+    by the network alone. ``plan_bow``: of a token of the prompt, by the bag-of-words distribution
+    that the plan predicts. With a codebook also its ``code_logits`` (B, K).
+    """
+
+    mixture: Tensor
+    network: Tensor
+    plan_bow: Tensor
+    code_logits: Tensor | None
+    stats: RunningStats
+
+
+class HRMModel(nn.Module):
+    """Planner and Executor. ``stage``: what the weights were last trained for, ``pretrain`` or
+    ``finetune``."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stage = "pretrain"
+        tok_emb = TokenEmbedding(config)  # shared: its n-gram table is most of the weights
+        self.planner = Planner(config, tok_emb)
+        self.executor = Executor(config, tok_emb)
+
+    def forward(
+        self, prompt_ids: Tensor, y_in: Tensor, cross_attends: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the log-probabilities of the next tokens, and the code logits.
+
+        Args:
+            prompt_ids: (B, S), read by the Planner.
+            y_in: (B, T), read by the Executor.
+            cross_attends: (B,) bool, the rows whose Executor may attend to the prompt, if the model
+                has cross-attention; by default none.
+
+        Returns:
+            (B, T, V), and (B, K) or ``None`` without a codebook.
+        """
+        plan, encoded = self.encode_prompt(prompt_ids, cross_attends)
+        return self.executor(y_in, plan.plan, encoded), plan.code_logits
+
+    def nll(
+        self,
+        prompt_ids: Tensor,
+        y_in: Tensor,
+        y_out: Tensor,
+        cross_attends: Tensor | None = None,
+        preceding_ids: Tensor | None = None,
+        leave_one_out: bool = False,
+    ) -> LossTerms:
+        """Computes the losses of a batch.
+
+        Args:
+            y_out, preceding_ids, leave_one_out: see `Executor.nll`.
+
+        Other arguments as in `forward`.
+        """
+        plan, encoded = self.encode_prompt(prompt_ids, cross_attends)
+        losses = self.executor.nll(y_in, y_out, plan.plan, encoded, preceding_ids, leave_one_out)
+        gate_logits = losses.gate_logits
+        stats = RunningStats(
+            plan.pooled, y_in, None if gate_logits is None else gate_logits.detach()
+        )
+        plan_bow = bag_of_words_nll(losses.plan_log_probs, prompt_ids)
+        return LossTerms(losses.mixture, losses.network, plan_bow, plan.code_logits, stats)
+
+    def encode_prompt(
+        self, prompt_ids: Tensor, cross_attends: Tensor | None
+    ) -> tuple[PlanOutput, EncoderOutput | None]:
+        """Runs the Planner. Returns the plan, and what the Executor may attend to, if anything.
+
+        Where ``cross_attends`` is ``None`` the Planner's blocks get no gradient: through the plan
+        alone it would be faint, and Muon's steps, whose size does not depend on the gradient's,
+        would carry the weights off at random.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cross_attends is not None):
+            encoded = self.planner.encode(prompt_ids)
+        plan = self.planner.pool(encoded)
+        if not self.config.cross_attention or cross_attends is None:
+            return plan, None
+        mask = (prompt_ids != PAD) & cross_attends[:, None]
+        return plan, encoded._replace(mask=mask)
+
+    @torch.no_grad()
+    def update_running_stats(self, batches: Sequence[RunningStats]) -> None:
+        """Updates the codebook's queue and the gate means with the batches of an optimizer step."""
+        if self.planner.codebook is not None:
+            self.planner.codebook.update_queue([s.pooled for s in batches if s.pooled is not None])
+        if self.executor.ngrams is not None:
+            self.executor.ngrams.gate_means.update(
+                [(s.ids, s.gate_logits) for s in batches if s.gate_logits is not None]
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.executor.lm_head.weight.device
+
+    def n_parameters(self) -> int:
+        """Returns the number of weights without the n-gram embeddings, of which a byte uses a few
+        rows."""
+        tables = {id(m.table.weight) for m in self.modules() if isinstance(m, NgramEmbedding)}
+        return sum(p.numel() for p in self.parameters() if id(p) not in tables)
+
+
+def bag_of_words_nll(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """Returns the mean negative log-likelihood of a token of ids (B, S), PAD ignored, by one
+    distribution per row, log_probs (B, V) -> (B,)."""
+    is_token = ids != PAD
+    return -(log_probs.gather(1, ids) * is_token).sum(1) / is_token.sum(1).clamp(min=1)

@@ -1,0 +1,225 @@
+"""N-gram contexts of a text that grows token by token, for generation. NumPy and plain Python:
+for a few tokens starting a PyTorch operation takes longer than the operation.
+
+Shapes: P positions, N orders (of the table and of the text just read, sorted by order), V =
+vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import sub
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..tokenizer import VOCAB_SIZE, inputs_to_targets
+from .hashing import RollingHash, hash_powers, stack_hashes
+from .table import TOKEN_BITS, NgramTable, entry_key
+
+MAX_TOKEN = 2**TOKEN_BITS - 1
+
+
+class ContextMatch(NamedTuple):
+    """The contexts at one position.
+
+    ``ranges``: begin and end of the table's entries of each valid context, (n, 2), by rising order.
+    ``recent``: for contexts found in the text just read, by index among the N orders, how often
+    each token continued it.
+    """
+
+    ranges: NDArray[np.int64]
+    recent: dict[int, dict[int, int]]
+
+
+class Continuations(NamedTuple):
+    """All continuations of the contexts at P positions.
+
+    ``context_count`` and ``n_continuations`` (P, N) as in `ContextStats`. Then for each of M pairs
+    of a context and a token that continued it, (M,) each: ``context_index`` into the P * N
+    contexts, ``token_index`` into the P * V tokens, and the ``frequency`` of the token after the
+    context, relative to the context's count.
+    """
+
+    context_count: NDArray[np.float32]
+    n_continuations: NDArray[np.float32]
+    context_index: NDArray[np.int64]
+    token_index: NDArray[np.int64]
+    frequency: NDArray[np.float32]
+
+
+class OrderCounts(NamedTuple):
+    """What continued one context: its index among the N orders, its count, the tokens and how
+    often each occurred."""
+
+    order_index: int
+    context_count: int
+    tokens: list[int]
+    counts: list[int]
+
+
+def sort_orders(orders: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Returns the permutation that sorts the orders, and its inverse. Of equal orders, that of the
+    table comes first: the text just read has the last word."""
+    permutation = sorted(range(len(orders)), key=orders.__getitem__)
+    return permutation, sorted(range(len(orders)), key=permutation.__getitem__)
+
+
+class NgramIndex:
+    """A NumPy view of an `NgramTable`, for lookups one position at a time.
+
+    Args:
+        table: of the training text.
+        recent_orders: of the n-grams counted in the text just read; each is an order of the table.
+    """
+
+    def __init__(self, table: NgramTable, recent_orders: Sequence[int]) -> None:
+        self.entries = table.entries.cpu().numpy()
+        self.cumulative = table.cumulative.cpu().numpy()
+        self.recent_orders = list(recent_orders)
+        orders, n_table = table.orders, len(table.orders)
+        # Index among all N orders, first of the table's orders, then of the recent ones.
+        _, order_index = sort_orders([*orders, *recent_orders])
+        self.table_index = np.array(order_index[:n_table])
+        self.recent_index = order_index[n_table:]
+        longest_first = sorted(
+            ((index, source) for source, index in enumerate(order_index)), reverse=True
+        )
+        self.longest_first = longest_first
+        # Which of the hashes of 1, 2, ... tokens are those of each order, and how many orders are
+        # valid by the number of valid hashes.
+        max_order = max(orders)
+        self.powers = hash_powers(max_order)
+        self.table_hashes = np.array(orders) - 1
+        self.recent_hashes = np.array(recent_orders) - 1
+        self.n_table_valid = [sum(n <= k for n in orders) for k in range(max_order + 1)]
+        self.n_recent_valid = [sum(n <= k for n in recent_orders) for k in range(max_order + 1)]
+        self.key_bounds = np.array([0, MAX_TOKEN])
+
+    def recent_keys(self, state: RollingHash) -> list[int]:
+        """Returns the hashes of the valid contexts counted in the text just read."""
+        hashes: list[int] = state.hashes[self.recent_hashes].tolist()
+        return hashes[: self.n_recent_valid[state.n_valid]]
+
+    def table_ranges(self, state: RollingHash) -> NDArray[np.int64]:
+        """Returns begin and end of the table's entries of each valid context, (n, 2)."""
+        n = self.n_table_valid[state.n_valid]
+        keys = entry_key(state.hashes[self.table_hashes[:n], None], self.key_bounds)
+        return self.entries.searchsorted(keys)  # no entry has the token MAX_TOKEN
+
+    def continuations(self, matches: Sequence[ContextMatch]) -> Continuations:
+        """Gathers all continuations of the contexts at P positions."""
+        n_orders = len(self.longest_first)
+        # Step 1: count and number of continuations of the contexts in the table.
+        n_found = [len(match.ranges) for match in matches]
+        begin, end = np.concatenate([match.ranges for match in matches]).T
+        context = np.concatenate([self.table_index[:n] for n in n_found])
+        context += np.arange(0, len(matches) * n_orders, n_orders).repeat(n_found)
+        size = end - begin
+        stats = np.zeros((2, len(matches) * n_orders), np.float32)
+        stats[0, context] = context_count = self.cumulative[end] - self.cumulative[begin]
+        stats[1, context] = size
+        # Step 2: all entries of all these contexts, one after another.
+        last = size.cumsum()
+        index = np.arange(last[-1] if len(last) else 0) + (end - last).repeat(size)
+        context = context.repeat(size)
+        token = (self.entries[index] & MAX_TOKEN) + context // n_orders * VOCAB_SIZE
+        counts = self.cumulative[index + 1] - self.cumulative[index]
+        frequency = counts / context_count.repeat(size)
+        # Step 3: the contexts in the text just read.
+        recent: list[tuple[int, int, float]] = []
+        for i, match in enumerate(matches):
+            for order_index, next_counts in match.recent.items():
+                at, total = i * n_orders + order_index, sum(next_counts.values())
+                stats[:, at] = total, len(next_counts)
+                recent += [(at, i * VOCAB_SIZE + t, n / total) for t, n in next_counts.items()]
+        if recent:
+            more = zip(*recent, strict=True)
+            context, token, frequency = (
+                np.concatenate(p) for p in zip((context, token, frequency), more, strict=True)
+            )
+        context_counts, n_continuations = stats.reshape(2, len(matches), n_orders)
+        return Continuations(
+            context_counts, n_continuations, context, token, frequency.astype(np.float32)
+        )
+
+    def longest_contexts(self, match: ContextMatch) -> Iterator[OrderCounts]:
+        """Yields the counts of the contexts at one position, the longest context first."""
+        ranges = match.ranges.tolist()
+        for order_index, source in self.longest_first:
+            if order_index in match.recent:
+                next_counts = match.recent[order_index]
+                counts = list(next_counts.values())
+                yield OrderCounts(order_index, sum(counts), list(next_counts), counts)
+            elif source < len(ranges) and ranges[source][0] < ranges[source][1]:
+                begin, end = ranges[source]
+                # For a few entries a memoryview is faster than an array.
+                tokens = [entry & MAX_TOKEN for entry in self.entries.data[begin:end]]
+                total = self.cumulative.data[begin : end + 1].tolist()
+                yield OrderCounts(
+                    order_index, total[-1] - total[0], tokens, list(map(sub, total[1:], total))
+                )
+
+
+class NgramContext:
+    """The n-gram contexts at the end of one sequence.
+
+    Args:
+        index: of the training text.
+        tokens: of the sequence so far; PAD on the left is ignored.
+    """
+
+    def __init__(self, index: NgramIndex, tokens: Sequence[int]) -> None:
+        self.index = index
+        self.next_counts: dict[int, dict[int, int]] = {}  # by the hash of a context
+        self.recent_keys = self._recent_keys(tokens)  # at each token
+        for keys, token in zip(self.recent_keys, tokens[1:]):  # noqa: B905
+            self._count(keys, token)
+        self.states = [RollingHash.of(tokens, index.powers)]  # now, and after each `append`
+        self.last_tokens: list[int] = []  # that `append` added
+
+    def _recent_keys(self, tokens: Sequence[int]) -> list[list[int]]:
+        if not tokens:
+            return []
+        hashes, valid = stack_hashes(torch.tensor([tokens]), self.index.recent_orders)
+        rows = zip(hashes[0].tolist(), valid[0].tolist(), strict=True)
+        return [[h for h, v in zip(*row, strict=True) if v] for row in rows]
+
+    def _count(self, keys: list[int], token: int) -> None:
+        target = inputs_to_targets(token)
+        for key in keys:
+            counts = self.next_counts.setdefault(key, {})
+            counts[target] = counts.get(target, 0) + 1
+
+    def append(self, token: int) -> None:
+        """Adds a token to the sequence."""
+        if self.recent_keys:
+            self._count(self.recent_keys[-1], token)
+        state = self.states[-1].append(token, self.index.powers)
+        self.states.append(state)
+        self.recent_keys.append(self.index.recent_keys(state))
+        self.last_tokens.append(token)
+
+    def rollback(self, n: int) -> None:
+        """Removes the last n tokens, which `append` added."""
+        for _ in range(n):
+            target = inputs_to_targets(self.last_tokens.pop())
+            self.recent_keys.pop()
+            self.states.pop()
+            for key in self.recent_keys[-1] if self.recent_keys else ():
+                counts = self.next_counts[key]
+                counts[target] -= 1
+                if not counts[target]:
+                    del counts[target]
+
+    def match(self) -> ContextMatch:
+        """Returns the contexts at the end of the sequence."""
+        keys = self.recent_keys[-1] if self.recent_keys else ()
+        recent = {
+            order_index: counts.copy()
+            for order_index, key in zip(self.index.recent_index, keys)  # noqa: B905
+            if (counts := self.next_counts.get(key))
+        }
+        return ContextMatch(self.index.table_ranges(self.states[-1]), recent)

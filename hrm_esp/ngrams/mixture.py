@@ -1,0 +1,249 @@
+"""The mixture of the network with n-gram counts: the model's probability of a byte.
+
+A network needs many passes to memorize what a table holds after one. So the Executor leaves
+memorizing to counts of the training text, and of the text just read, and learns the rest.
+
+Orders are sorted, n = 1 .. N from the shortest context to the longest; of equal orders, that of the
+text just read comes last. Let p_0 be the network's distribution, C_n the count of the context of
+order n, c_n(x) how often token x continued it, and D_n by how many different tokens it was
+continued:
+
+    p_n(x) = (1 - g_n) p_{n-1}(x) + g_n c_n(x) / C_n                           (interpolation)
+    g_n    = sigmoid(a_n log(1 + C_n) + b_n log(1 + D_n) + d_n + (U h)_n),  0 if C_n = 0     (gate)
+    p(x)   = (1 - M) p_0(x) + M p_N(x)                                         (cap)
+
+This is deleted interpolation (Jelinek & Mercer 1980) with a learned gate: h is the network's state,
+``count_weights`` are (a, b, d), ``gate_proj`` is U. They start as the weights of Witten & Bell
+(1991, method C): a = 1, b = -1, d = 0, U = 0. M = MAX_NGRAM_MASS keeps every token possible.
+
+`interpolation_weights` unrolls it to p(x) = w_0 p_0(x) + sum over n of w_n c_n(x) / C_n. That is
+the form for tensors; `draft_probs` at the end of this file is the form for a single position, in
+plain Python.
+
+Shapes: B rows, T positions, R preceding positions, N orders, D = d_model, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import exp, log1p
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import RECENT_ORDERS, HRMConfig
+from ..data.stream import ByteStream
+from ..tokenizer import PAD
+from .context import (
+    ContextMatch,
+    Continuations,
+    NgramContext,
+    NgramIndex,
+    OrderCounts,
+    sort_orders,
+)
+from .gate_means import GateMeans
+from .hashing import RollingHash
+from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_stats
+
+MAX_NGRAM_MASS = 1 - 2**-12  # M above
+DRAFT_TAIL_MASS = 0.2  # probability mass below which a draft ignores shorter contexts
+EPS = 1e-37  # so that no logarithm is of zero
+
+
+def interpolation_weights(
+    context_count: Tensor, n_continuations: Tensor, gate_logits: Tensor, count_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Computes the weights of the mixture.
+
+    Args:
+        context_count, n_continuations, gate_logits: C, D and U h of each context, (..., N).
+        count_weights: a, b and d of each order, (N, 3).
+
+    Returns:
+        The weight w_0 of the network, (...), and w_n of each order, (..., N).
+    """
+    score = (
+        (context_count + 1).log() * count_weights[:, 0]
+        + (n_continuations + 1).log() * count_weights[:, 1]
+        + count_weights[:, 2]
+        + gate_logits
+    )
+    gates = torch.where(context_count > 0, score.sigmoid(), 0.0)
+    # remaining[n] = (1 - g_n) (1 - g_{n+1}) ... (1 - g_N)
+    remaining = (1 - gates).flip(-1).cumprod(-1).flip(-1)
+    order_weights = MAX_NGRAM_MASS * gates * F.pad(remaining[..., 1:], (0, 1), value=1.0)
+    return 1 - MAX_NGRAM_MASS + MAX_NGRAM_MASS * remaining[..., 0], order_weights
+
+
+class NgramMixture(nn.Module):
+    """Mixes the network's distribution with n-gram counts; see the equation above."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.recent_len = config.recent_len
+        self.recent_orders = [n for n in RECENT_ORDERS if n <= config.count_max]
+        self.table = NgramTable([n for n in TABLE_ORDERS if n <= config.count_max])
+        orders = self.table.orders + self.recent_orders
+        self.sort_index, _ = sort_orders(orders)
+        self.count_weights = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(len(orders), 1))
+        self.gate_proj = nn.Linear(config.d_model, len(orders), bias=False)
+        nn.init.zeros_(self.gate_proj.weight)
+        self.gate_means = GateMeans(len(orders))
+        self._index: tuple[Tensor, NgramIndex] | None = None  # and the entries it was made from
+
+    def build(self, stream: ByteStream, path: Path | None = None) -> None:
+        """Counts the n-grams of the training text; see `NgramTable.build`."""
+        self.table.build(stream, path)
+
+    def index(self) -> NgramIndex:
+        """Returns the table in the form that generation looks up."""
+        entries = self.table.entries
+        if self._index is None or self._index[0] is not entries:
+            self._index = entries, NgramIndex(self.table, self.recent_orders)
+        return self._index[1]
+
+    def target_probs(
+        self,
+        network_probs: Tensor,
+        states: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        preceding_ids: Tensor | None = None,
+        leave_one_out: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the mixture's probability of each target.
+
+        Args:
+            network_probs: the network's probability of each target, (B, T).
+            states: the network's, (B, T, D).
+            ids: the window, (B, T).
+            targets: what comes next, (B, T); PAD where it does not matter.
+            preceding_ids: the text before the window, (B, R); none by default.
+            leave_one_out: take windows that are part of the counted text out of the counts, so that
+                what the table knows of them is what it knows of any other text. For training only:
+                it looks at the targets. The preceding text stays in: without it the model is worse.
+
+        Returns:
+            The probabilities (B, T), and the gate logits U h (B, T, N).
+        """
+        preceding_ids = self._recent(ids[:, :0] if preceding_ids is None else preceding_ids)
+        next_tokens = torch.where(targets == PAD, following_tokens(ids), targets)
+        in_table = self.table.lookup(ids, next_tokens, preceding_ids, leave_one_out)
+        in_recent = recent_stats(ids, next_tokens, preceding_ids, self.recent_orders)
+        context_count, n_continuations, continuation_count = (
+            torch.cat(stats, dim=-1)[..., self.sort_index]
+            for stats in zip(in_table, in_recent, strict=True)
+        )
+        gate_logits = self.gate_proj(states).float()
+        network_weight, order_weights = interpolation_weights(
+            context_count, n_continuations, gate_logits, self.count_weights
+        )
+        ngram_probs = order_weights * continuation_count / context_count.clamp(min=1)
+        return network_probs * network_weight + ngram_probs.sum(-1), gate_logits
+
+    def log_probs(self, logits: Tensor, states: Tensor, found: Continuations) -> Tensor:
+        """Computes the mixture's log-probabilities of all tokens.
+
+        Args:
+            logits: the network's, (B, T, V).
+            states: the network's, (B, T, D).
+            found: the continuations of the contexts at the B * T positions, see `continuations`.
+
+        Returns:
+            (B, T, V).
+        """
+        context_count, n_continuations, context_index, token_index, frequency = (
+            torch.from_numpy(array).to(states.device) for array in found
+        )
+        shape = (*states.shape[:2], -1)
+        gate_logits = self.gate_proj(states).float()
+        network_weight, order_weights = interpolation_weights(
+            context_count.view(shape), n_continuations.view(shape), gate_logits, self.count_weights
+        )
+        network_log_probs = logits.float().log_softmax(-1)
+        network_weight = network_weight[..., None]
+        mass = order_weights.flatten()[context_index] * frequency
+        ngram_probs = torch.zeros_like(network_log_probs).flatten()
+        ngram_probs = ngram_probs.index_add(0, token_index, mass).view_as(network_log_probs)
+        probs = torch.addcmul(ngram_probs, network_log_probs.exp(), network_weight)
+        # Where no context knows a token, its probability may be too small for an exponential.
+        return torch.where(
+            ngram_probs > 0, (probs + EPS).log(), network_log_probs + network_weight.log()
+        )
+
+    def continuations(self, ids: Tensor, preceding_ids: Tensor | None = None) -> Continuations:
+        """Finds the continuations of the contexts at each of ids (B, T), after preceding_ids
+        (B, R); of B * T positions. One position at a time: training uses `target_probs`."""
+        preceding_ids = self._recent(ids[:, :0] if preceding_ids is None else preceding_ids)
+        matches = []
+        for row, preceding in zip(ids.tolist(), preceding_ids.tolist(), strict=True):
+            context = NgramContext(self.index(), preceding)
+            for token in row:
+                context.append(token)
+                matches.append(context.match())
+        return self.index().continuations(matches)
+
+    def _recent(self, preceding_ids: Tensor) -> Tensor:
+        """Returns the last ``recent_len`` of preceding_ids (B, R)."""
+        return preceding_ids[:, max(0, preceding_ids.shape[1] - self.recent_len) :]
+
+
+def draft_probs(
+    longest_first: Iterable[OrderCounts],
+    gate_logits: Sequence[float],
+    count_weights: Sequence[Sequence[float]],
+) -> dict[int, float]:
+    """Computes what the n-gram counts alone add to p_N at one position, from the longest context to
+    the shortest: the sum of the unrolled equation, without tensors and without the cap M.
+
+    Stops where the contexts so far have all but DRAFT_TAIL_MASS of the mass.
+
+    Args:
+        longest_first: counts of the contexts at the position, see `NgramIndex.longest_contexts`.
+        gate_logits: U h of each order, (N,).
+        count_weights: a, b and d of each order, (N, 3).
+
+    Returns:
+        Probabilities of tokens; their sum is the weight of the counts in p_N.
+    """
+    probs: dict[int, float] = {}
+    remaining = 1.0
+    for n, context_count, tokens, counts in longest_first:
+        a, b, d = count_weights[n]
+        score = a * log1p(context_count) + b * log1p(len(tokens)) + d + gate_logits[n]
+        gate = 1 / (1 + exp(min(-score, 80)))
+        scale = remaining * gate / context_count
+        for token, count in zip(tokens, counts):  # noqa: B905
+            probs[token] = probs.get(token, 0) + scale * count
+        remaining *= 1 - gate
+        if remaining < DRAFT_TAIL_MASS:
+            break
+    return probs
+
+
+class DraftModel:
+    """Predicts the next token of one sequence from n-gram counts, before the network has run.
+
+    In place of the network's gate logits it uses their means after similar contexts.
+    """
+
+    def __init__(self, mixture: NgramMixture) -> None:
+        self.index = mixture.index()
+        self.count_weights: list[list[float]] = mixture.count_weights.tolist()
+        self.gate_means = mixture.gate_means.lookup()
+
+    def __call__(self, state: RollingHash, match: ContextMatch) -> dict[int, float]:
+        """Predicts the next token.
+
+        Args:
+            state, match: the hashes at the end of the sequence, and the contexts found there.
+
+        Returns:
+            Probabilities of tokens; their sum is at most one.
+        """
+        return draft_probs(
+            self.index.longest_contexts(match), self.gate_means(state), self.count_weights
+        )

@@ -1,0 +1,250 @@
+"""Counts of the n-grams of the training text, and of the text just read, for training.
+
+An *entry* is a context (the last n tokens) and the token that continued it. The table holds all
+entries of all orders in one sorted array, so that the entries of one context lie side by side.
+
+Shapes: B rows, T positions, R preceding positions, N orders, E entries.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.stream import ByteStream, as_inputs, as_targets
+from ..files import mmap_cached
+from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
+from .hashing import ngram_hashes, stack_hashes
+
+TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
+MAX_COUNTED_BYTES = 2**23  # of a larger corpus, evenly spaced chunks are counted
+CHUNK_BYTES = 2**16
+TOKEN_BITS = 9  # of an entry's key; the rest is the hash of its context
+
+
+class ContextStats(NamedTuple):
+    """Statistics of the context at each position, for each order; all (B, T, N).
+
+    ``context_count``: how often the context occurred, 0 if it is not to be used.
+    ``n_continuations``: by how many different tokens it was continued.
+    ``continuation_count``: how often by the token that comes next here.
+    """
+
+    context_count: Tensor
+    n_continuations: Tensor
+    continuation_count: Tensor
+
+
+class NgramTable(nn.Module):
+    """N-gram counts of the training text.
+
+    A context that occurred once is continued by the same token in every longer context, so the
+    table has no longer ones.
+    """
+
+    entries: Tensor  # (E,) int64, sorted keys, see `entry_key`
+    cumulative: Tensor  # (E + 1,) int32: total count of all entries before
+
+    def __init__(self, orders: Sequence[int]) -> None:
+        super().__init__()
+        self.orders = list(orders)
+        sentinel = torch.tensor([torch.iinfo(torch.int64).max])  # no search runs off the end
+        self.register_buffer("entries", sentinel)
+        self.register_buffer("cumulative", torch.zeros(2, dtype=torch.int32))
+
+    def build(self, stream: ByteStream, path: Path | None = None) -> None:
+        """Counts the n-grams of a stream.
+
+        Args:
+            path: cache file; the table is read from it if it was made from the same text.
+        """
+        text = np.concatenate([stream[i : i + CHUNK_BYTES] for i in chunk_starts(len(stream))])
+        if path is None:
+            self.entries, self.cumulative = self._count(text)
+            return
+
+        def write(file: IO[bytes]) -> None:
+            for part in self._count(text):
+                file.write(part.numpy().data)
+
+        key = f"1 {self.orders} {len(text)} {zlib.crc32(text.data):08x}"
+        data = mmap_cached(path, key, write)
+        split = len(data) // 12 * 8  # 8 bytes for each of E entries, then 4 for each of E + 1
+        self.entries = torch.from_numpy(data[:split].view(np.int64))
+        self.cumulative = torch.from_numpy(data[split:].view(np.int32))
+
+    def _count(self, stream: ByteStream) -> tuple[Tensor, Tensor]:
+        """Returns ``entries`` and ``cumulative`` of a stream."""
+        tokens = torch.from_numpy(as_inputs(stream[:-1]))
+        next_tokens = torch.from_numpy(as_targets(stream[1:]))
+        entries, counts = [self.entries[-1:]], [torch.zeros(1, dtype=torch.int64)]
+        is_frequent = torch.ones_like(tokens, dtype=torch.bool)  # context so far: more than once
+        for order, (hashes, valid) in enumerate(ngram_hashes(tokens[None], self.orders[-1]), 1):
+            if order not in self.orders:
+                continue
+            # Step 1: count the entries of this order, where the shorter context is frequent.
+            (positions,) = (is_frequent & valid[0]).nonzero(as_tuple=True)
+            keys, sort_index = entry_key(hashes[0, positions], next_tokens[positions]).sort()
+            unique_keys, n_occurrences = keys.unique_consecutive(return_counts=True)
+            entries.append(unique_keys)
+            counts.append(n_occurrences)
+            # Step 2: find the positions whose context occurs more than once.
+            _, context_of, context_size = (keys >> TOKEN_BITS).unique_consecutive(
+                return_inverse=True, return_counts=True
+            )
+            is_frequent.zero_()
+            is_frequent[positions[sort_index[context_size[context_of] > 1]]] = True
+        all_entries, sort_index = torch.cat(entries).sort()
+        return all_entries, F.pad(torch.cat(counts)[sort_index].cumsum(0), (1, 0)).int()
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("entries", "cumulative"):  # their lengths depend on the text
+            if (loaded := state.get(prefix + name)) is None:
+                continue
+            own = getattr(self, name)
+            if own.shape == loaded.shape and own.equal(loaded.to(own.device)):
+                state[prefix + name] = own  # keep a memory-mapped table: copying would load it
+            else:
+                setattr(self, name, torch.empty_like(loaded, device=own.device))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def lookup(
+        self, ids: Tensor, next_tokens: Tensor, preceding_ids: Tensor, leave_one_out: bool
+    ) -> ContextStats:
+        """Looks up the contexts at all positions.
+
+        Args:
+            ids, next_tokens: (B, T), the window and what comes after each of its tokens.
+            preceding_ids: (B, R), the text before the window.
+            leave_one_out: subtract the counts of windows that are part of the counted text.
+        """
+        # Step 1: find the range of each context's entries, and the entry of the next token.
+        hashes, valid = stack_hashes(ids, self.orders, preceding_ids)
+        begin = torch.searchsorted(self.entries, entry_key(hashes, 0))
+        end = torch.searchsorted(self.entries, entry_key(hashes, 2**TOKEN_BITS - 1), right=True)
+        end = torch.where(valid, end, begin)
+        keys = entry_key(hashes, next_tokens[..., None])
+        index = torch.searchsorted(self.entries, keys).clamp_(max=len(self.entries) - 1)
+        # Step 2: read the counts.
+        found = (self.entries[index] == keys) & (end > begin)
+        continuation_count = torch.where(
+            found, self.cumulative[index + 1] - self.cumulative[index], 0
+        )
+        context_count = self.cumulative[end] - self.cumulative[begin]
+        n_continuations = end - begin
+        if not leave_one_out:
+            return ContextStats(context_count, n_continuations, continuation_count)
+        # Step 3: subtract what the window itself added.
+        same_context, same_entry = GroupedPositions(entry_key(hashes, 0)), GroupedPositions(keys)
+        only_here = (same_entry.rank() == 0) & (continuation_count == same_entry.size())
+        unseen = (context_count > 0) & (continuation_count == 0)
+        counted = self._is_counted(ids, next_tokens, unseen).long()
+        context_count = (context_count - counted * same_context.size()).clamp_(min=0)
+        n_continuations = n_continuations - counted * same_context.total(only_here.long())
+        n_continuations = n_continuations.clamp_(min=0)
+        continuation_count = (continuation_count - counted * same_entry.size()).clamp_(min=0)
+        # A context of which one occurrence is left has no longer ones either.
+        shorter_is_frequent = F.pad(context_count[..., :-1], (1, 0), value=2) > 1
+        context_count = torch.where(shorter_is_frequent, context_count, 0)
+        return ContextStats(context_count, n_continuations, continuation_count)
+
+    def _is_counted(self, ids: Tensor, next_tokens: Tensor, unseen: Tensor) -> Tensor:
+        """Which rows are part of the counted text, (B, 1, 1) bool.
+
+        Such a row has no context in the table that its next token never continued. The beginning
+        and the end of a document do not count: rows may be cut out of the middle of one.
+
+        Args:
+            ids, next_tokens: (B, T).
+            unseen: (B, T, N), contexts of the table that the next token never continued.
+        """
+        position = torch.arange(ids.shape[1], device=ids.device)
+        since_bos = position - torch.where(ids == BOS, position, -1).cummax(1).values
+        is_inside = since_bos[..., None] >= torch.tensor(self.orders, device=ids.device)
+        evidence = unseen & is_inside & (next_tokens != EOS)[..., None]
+        return ~evidence.any(2, keepdim=True).any(1, True)
+
+
+def recent_stats(
+    ids: Tensor, next_tokens: Tensor, preceding_ids: Tensor, orders: Sequence[int]
+) -> ContextStats:
+    """Counts the contexts at all positions in the text just read: the window up to the position,
+    and ``preceding_ids`` before it (a cache model: Kuhn & De Mori 1990).
+
+    Args:
+        ids, next_tokens: (B, T), the window and what comes after each of its tokens.
+        preceding_ids: (B, R), the text before the window.
+    """
+    n_preceding = preceding_ids.shape[1]
+    ids = torch.cat((preceding_ids, ids), dim=1)
+    next_tokens = torch.cat((following_tokens(ids)[:, :n_preceding], next_tokens), dim=1)
+    hashes, valid = stack_hashes(ids, orders)
+    same_context = GroupedPositions(entry_key(hashes, 0))
+    same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
+    is_first = (same_entry.rank() == 0).long()
+    context_count = torch.where(valid, same_context.rank(), 0)
+    stats = ContextStats(context_count, same_context.total_before(is_first), same_entry.rank())
+    return ContextStats(*(s[:, n_preceding:] for s in stats))
+
+
+class GroupedPositions:
+    """Groups the positions of a row that share a key; keys (B, T, N), each order by itself."""
+
+    def __init__(self, keys: Tensor) -> None:
+        sorted_keys, self.sort_index = keys.sort(dim=1, stable=True)
+        n = keys.shape[1]
+        self.index = torch.arange(n, device=keys.device)[:, None].expand_as(keys)
+        is_first = F.pad(sorted_keys[:, 1:] != sorted_keys[:, :-1], (0, 0, 1, 0), value=True)
+        self.begin = torch.where(is_first, self.index, 0).cummax(1).values
+        is_last = F.pad(is_first[:, 1:], (0, 0, 0, 1), value=True)
+        self.end = torch.where(is_last, self.index + 1, n).flip(1).cummin(1).values.flip(1)
+
+    def _unsort(self, values: Tensor) -> Tensor:
+        return torch.empty_like(values).scatter_(1, self.sort_index, values)
+
+    def _cumulative(self, values: Tensor) -> Tensor:
+        return F.pad(values.gather(1, self.sort_index).cumsum(1), (0, 0, 1, 0))
+
+    def rank(self) -> Tensor:
+        """Number of earlier positions with the same key, (B, T, N)."""
+        return self._unsort(self.index - self.begin)
+
+    def size(self) -> Tensor:
+        """Number of positions with the same key, (B, T, N)."""
+        return self._unsort(self.end - self.begin)
+
+    def total_before(self, values: Tensor) -> Tensor:
+        """Sum of values (B, T, N) over the earlier positions with the same key, (B, T, N)."""
+        sums = self._cumulative(values)
+        return self._unsort(sums[:, :-1] - sums.gather(1, self.begin))
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of values (B, T, N) over all positions with the same key, (B, T, N)."""
+        sums = self._cumulative(values)
+        return self._unsort(sums.gather(1, self.end) - sums.gather(1, self.begin))
+
+
+def chunk_starts(n: int) -> np.ndarray:
+    """Returns where the chunks of ``CHUNK_BYTES`` begin that are counted in a stream of n bytes."""
+    if n <= MAX_COUNTED_BYTES:
+        return np.arange(0, n, CHUNK_BYTES)
+    n_chunks = MAX_COUNTED_BYTES // CHUNK_BYTES
+    return np.linspace(0, n - CHUNK_BYTES, n_chunks).astype(np.int64)
+
+
+def entry_key(hashes: Any, token: Any) -> Any:
+    """Returns the sort key of an entry: the hash of its context and its token."""
+    return hashes << TOKEN_BITS | token
+
+
+def following_tokens(ids: Tensor) -> Tensor:
+    """Returns the token after each of ids (B, T) as a target, (B, T); PAD after the last."""
+    after: Tensor = inputs_to_targets(F.pad(ids[:, 1:], (0, 1), value=PAD))
+    return after

@@ -1,0 +1,183 @@
+"""What a run shows and logs: a bar on a terminal, else lines on stderr, and ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..evaluation import perplexity
+from ..files import atomic_write
+
+LOG_SECONDS = 10.0  # between two lines, on stderr and in the log
+BAR_SECONDS = 0.5  # between two updates of the bar
+
+
+@dataclass
+class RunState:
+    """Where a run stands. Part of a saved state."""
+
+    step: int = 0
+    epoch: int = 0
+    item: int = 0  # windows or pairs done in this epoch
+    bytes_seen: int = 0
+    seconds: float = 0.0
+    n_validations: int = 0  # that were due so far
+    validation_seconds: float = 0.0
+    val_bpb: float | None = None
+    val_errors: float | None = None
+    best_bpb: float | None = None
+    best_errors: float | None = None
+    bad_evals: int = 0  # validations worse than the best since the best
+    horizon_scale: float = 1.0  # length of the run relative to the options: less if it ends early
+    skipped: int = 0  # steps in a row without a finite gradient
+    skipped_total: int = 0
+
+    def advance(self, step: StepStats, n_done: int, epoch_len: int, seconds: float) -> None:
+        """Counts a step, after which ``n_done`` of the ``epoch_len`` items of the epoch are done
+        and the run has taken ``seconds``."""
+        self.step, self.item = self.step + 1, n_done
+        self.bytes_seen += step.n_targets
+        self.seconds = seconds
+        if self.item == epoch_len:
+            self.epoch, self.item = self.epoch + 1, 0
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Results of an optimizer step.
+
+    ``n_targets`` of all processes. ``nll`` in nats and ``n_logged``: the loss that is shown, and
+    its number of targets; in pretraining corrupted text is not part of it. ``grad_norm`` before
+    clipping. ``code_counts`` (K,): rows that chose each code in this process.
+    """
+
+    n_targets: int
+    nll: float
+    n_logged: int
+    grad_norm: float
+    lr: float
+    code_counts: Tensor | None
+
+
+class MetricsLog:
+    """Appends to ``metrics.jsonl`` in the folder of a run: a JSON object per line.
+
+    All lines have ``stage``, ``step``, ``bytes_seen`` and ``seconds``. Lines of training add
+    ``train_bpb``, ``lr``, ``grad_norm``, ``bytes_per_second``, ``code_perplexity`` and
+    ``skipped_steps``; lines of a validation add ``val_bpb`` and, for pairs, ``val_exact_match``.
+
+    Args:
+        stage: its lines after ``step`` are dropped: they are of another run, or will be written
+            again. Lines of the other stage stay.
+    """
+
+    def __init__(self, folder: Path, stage: str, step: int) -> None:
+        self.path, self.stage = folder / "metrics.jsonl", stage
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # half written in a crash
+                if entry["stage"] != stage or entry["step"] <= step:
+                    kept.append(line + "\n")
+        with atomic_write(self.path) as file:
+            file.write("".join(kept).encode())
+
+    def add(self, state: RunState, **values: float | None) -> None:
+        """Appends a line with the values that are not ``None``."""
+        entry: dict[str, object] = {
+            "stage": self.stage,
+            "step": state.step,
+            "bytes_seen": state.bytes_seen,
+            "seconds": round(state.seconds, 2),
+        }
+        for name, value in values.items():
+            if value is not None:
+                entry[name] = float(f"{value:.6g}")
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class Meter:
+    """Averages the last steps, and shows and logs them."""
+
+    def __init__(self, title: str, state: RunState, log: MetricsLog) -> None:
+        self.state, self.log = state, log
+        self.bar = tqdm(
+            total=100,
+            desc=title,
+            disable=None,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )
+        self.on_terminal = not self.bar.disable
+        self.shown_at = time.perf_counter()
+        self.reset()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def reset(self) -> None:
+        self.nll, self.n_logged = 0.0, 0
+        self.grad_norms: list[float] = []
+        self.code_counts: Tensor | None = None
+        self.since, self.bytes_before = time.perf_counter(), self.state.bytes_seen
+
+    def update(self, step: StepStats) -> None:
+        self.nll, self.n_logged = self.nll + step.nll, self.n_logged + step.n_logged
+        self.grad_norms += [step.grad_norm] if math.isfinite(step.grad_norm) else []
+        if step.code_counts is not None:
+            counts = self.code_counts
+            self.code_counts = step.code_counts if counts is None else counts + step.code_counts
+
+    def show(self, progress: float, lr: float) -> None:
+        """Shows the averages, if it is time or the run is over, and logs them less often."""
+        now = time.perf_counter()
+        interval = BAR_SECONDS if self.on_terminal else LOG_SECONDS
+        if now - self.shown_at < interval and progress < 1:
+            return
+        state = self.state
+        train_bpb = self.nll / self.n_logged / math.log(2) if self.n_logged else None
+        speed = (state.bytes_seen - self.bytes_before) / (now - self.since)
+        codes = None if self.code_counts is None else perplexity(self.code_counts)
+        # Step 1: the bar, or a line.
+        bits = [] if train_bpb is None else [f"train {train_bpb:.3f}"]
+        bits += [] if state.val_bpb is None else [f"val {state.val_bpb:.3f}"]
+        text = (f"{' '.join(bits)} bits/byte, " if bits else "") + f"{speed:,.0f} B/s"
+        if state.val_errors is not None:
+            text += f", {1 - state.val_errors:.1%} right"
+        if codes is not None:
+            text += f", {codes:.1f} codes"
+        if self.on_terminal:
+            self.bar.n = round(100 * progress, 1)
+            self.bar.set_postfix_str(text)
+        else:
+            left = state.seconds / progress - state.seconds
+            print(
+                f"{progress:4.0%}, {left:,.0f} s left, step {state.step:,}: {text}, lr {lr:.2g}",
+                file=sys.stderr,
+            )
+        self.shown_at = now
+        # Step 2: the log.
+        if now - self.since >= LOG_SECONDS or progress >= 1:
+            self.log.add(
+                state,
+                train_bpb=train_bpb,
+                lr=lr,
+                grad_norm=sum(self.grad_norms) / len(self.grad_norms) if self.grad_norms else None,
+                bytes_per_second=speed,
+                code_perplexity=codes,
+                skipped_steps=state.skipped_total,
+            )
+            self.reset()

@@ -1,0 +1,35 @@
+"""Schedules of the learning rate, and of the size of windows and batches."""
+
+from __future__ import annotations
+
+from ..config import PretrainConfig, TrainConfig
+
+# Until this fraction of the run: divide the batch size by, split each window into.
+GROWTH = ((0.35, 4, 4), (0.8, 2, 2))
+
+
+def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
+    """Returns the learning rate: warmup, stable, linear decay (Hu et al. 2024, section 4.1).
+
+    Args:
+        progress: fraction of the run that is done, 0 to 1.
+    """
+    warmup = min(1.0, (step + 1) / max(1, options.warmup))
+    decay = min(1.0, (1 - progress) / options.decay) if options.decay else 1.0
+    return options.lr * warmup * max(0.0, decay)
+
+
+def batch_shape(
+    options: TrainConfig, max_len: int, progress: float, n_processes: int = 1
+) -> tuple[int, int]:
+    """Returns the windows of a batch, of all processes together, and into how many each is split.
+
+    Short windows in small batches come first (Li et al. 2022): most of what is local is learned
+    from them in a fraction of the time.
+    """
+    batch_size = options.batch_size * n_processes
+    if isinstance(options, PretrainConfig) and options.grow:
+        for until, divisor, n_splits in GROWTH:
+            if progress < until and max_len % n_splits == 0:
+                return max(n_processes, batch_size // divisor), n_splits
+    return batch_size, 1

@@ -1,0 +1,463 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import __version__
+from ..config import TrainConfig
+from ..console import print0
+from ..data import WHOLE, Batch, Shard
+from ..device import autocast, choose_precision, keep_freed_memory
+from ..distributed import (
+    all_reduce_sum,
+    barrier,
+    data_parallel,
+    detect_lost_peers,
+    no_sync,
+    rank,
+    require_equal,
+    world_size,
+)
+from ..errors import HRMError, Interrupted, PeerLost
+from ..evaluation import PairScore, TextScore
+from ..generation import generate
+from ..model import HRMModel
+from .checkpoint import Checkpoint, load_checkpoint
+from .early_stopping import Score, is_best, is_worse
+from .loss import BatchSizes, LossModule, code_counts
+from .metrics_log import Meter, MetricsLog, RunState, StepStats
+from .optim import Parameters, build_optimizers, set_learning_rate, set_sparse_tables
+from .run_folder import RunFolder
+from .schedule import batch_shape, learning_rate
+from .signals import stop_signals
+
+N_VALIDATIONS = 8  # per run, evenly spaced
+VALIDATION_SHARE = 0.04  # maximum share of the time of a timed run, without the first validation
+EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
+MAX_SKIPPED = 20  # steps in a row without a finite gradient
+SAMPLE_LEN = 120  # bytes
+
+
+class Dataset(Protocol):
+    """What a `Trainer` trains on: ``len`` items (windows or pairs), yielded in batches.
+
+    `LMDataset` and `TSVDataset` are examples; any class with these two methods will do.
+    """
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self,
+        size: Callable[[], tuple[int, int]],
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        shard: Shard = WHOLE,
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yields the number of items done in this epoch, and a batch.
+
+        Args:
+            size: returns the size of a batch, and into how many rows to split each item; both may
+                change from batch to batch.
+            seed, epoch: the order of the items must be a function of these two.
+            skip: number of items to skip, when a run is resumed.
+            shard: the rows of each batch to return, one process's part.
+        """
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Result of a run. ``score``: of the ``best`` checkpoint; ``None`` without held-out data, and
+    in all processes but the first."""
+
+    best: Path
+    last: Path
+    steps: int
+    bytes_seen: int
+    seconds: float
+    score: TextScore | PairScore | None
+
+
+class Trainer:
+    """Trains a model and keeps the files of the run.
+
+    Args:
+        stage: ``pretrain`` or ``finetune``; file names begin with it.
+        data_id: identifies the data: a run is only resumed with the same.
+        validate: scores held-out data; ``None`` if there is none.
+        resumed: the state to continue from.
+
+    Raises:
+        HRMError: the state to resume is of another model, other data or other options.
+    """
+
+    def __init__(
+        self,
+        model: HRMModel,
+        data: Dataset,
+        options: TrainConfig,
+        *,
+        stage: str,
+        data_id: str,
+        validate: Callable[[HRMModel], Score] | None = None,
+        resumed: Checkpoint | None = None,
+    ) -> None:
+        self.model, self.data, self.options, self.stage = model, data, options, stage
+        self.validate = validate
+        self.device = model.device
+        self.dtype = choose_precision(self.device, options.precision)
+        # Optimizers.
+        self.parameters = Parameters.of(model)
+        is_cuda = self.device.type == "cuda"
+        sparse = self.device.type == "cpu" or (is_cuda and world_size() == 1)
+        set_sparse_tables(model, sparse)
+        self.optimizers = build_optimizers(self.parameters, options, sparse)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        # State and files.
+        self.state = RunState()
+        self.fingerprint = resume_fingerprint(options) | {"data": data_id}
+        self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
+        self.last_validation_seconds = 0.0
+        self.is_first = rank() == 0  # the process that logs, validates and saves
+        self.folder = RunFolder(options.out_dir, stage)
+        if self.is_first:
+            self.folder.prepare(resume=resumed is not None)
+        if resumed is not None:
+            self.load_state(resumed)
+        # Compilation and data parallelism.
+        if options.compile:
+            for block in (*model.planner.blocks, *model.executor.blocks):
+                block.compile()
+        require_equal("data, options or saved state", (self.fingerprint, asdict(self.state)))
+        # Plain text leaves the Planner's blocks without gradients, pairs do not.
+        self.loss = data_parallel(
+            LossModule(model, options.codebook_penalty),
+            find_unused=stage == "pretrain",
+            synced_buffers=("pooled_queue",),
+        )
+
+    def run(self) -> None:
+        """Trains until the run is over.
+
+        Raises:
+            HRMError: many steps in a row had no finite gradient, or the disk is full.
+            Interrupted: Ctrl-C or SIGTERM, after saving.
+            PeerLost: another process is gone; the first process has saved the state.
+        """
+        state, last_epoch = self.state, self.state.epoch
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.model.train()
+        begin = time.perf_counter() - state.seconds
+        with (
+            stop_signals() as stop_requested,
+            self.folder.report_write_errors(),
+            self.open_meter() as meter,
+        ):
+            try:
+                for n_done, batches in self.batches():
+                    step = self.train_step(batches)
+                    state.advance(step, n_done, len(self.data), time.perf_counter() - begin)
+                    if meter is not None:  # in the first process
+                        meter.update(step)
+                        meter.show(self.progress(), step.lr)
+                        if self.validation_is_due():
+                            self.run_validation(meter.log)
+                        if state.epoch > last_epoch:
+                            last_epoch = state.epoch
+                            self.save_epoch()
+                        if time.perf_counter() - self.state_saved_at > 60 * self.options.save_every:
+                            self.save_state()
+                    if self.sync_stop(stop_requested()):
+                        break
+                if meter is not None:
+                    self.finish(meter.log)
+                is_stopped = self.sync_stop(stop_requested())
+            except PeerLost:
+                if self.is_first:  # the step in progress has changed nothing
+                    self.save_state()
+                raise
+        if self.progress() < 1 or is_stopped:
+            raise Interrupted
+
+    def open_meter(self) -> AbstractContextManager[Meter | None]:
+        """Returns the meter of the run, in the first process."""
+        if not self.is_first:
+            return nullcontext()
+        resumed_step = self.state.step if self.options.resume else -1
+        log = MetricsLog(self.folder.root, self.stage, resumed_step)
+        return Meter(self.stage, self.state, log)
+
+    def batches(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Yields the micro-batches of each step, this process's part, until the run is over, and
+        how many items of the epoch are done after it."""
+        n, shard = world_size(), Shard(rank(), world_size())
+
+        def size() -> tuple[int, int]:
+            return batch_shape(self.options, self.model.config.max_len, self.progress(), n)
+
+        while self.progress() < 1:
+            seed, state = self.options.seed, self.state
+            batches = self.data.batches(size, seed, state.epoch, state.item, shard)
+            while group := list(itertools.islice(batches, self.options.grad_accum)):
+                yield group[-1][0], [batch for _, batch in group]
+                if self.progress() >= 1:
+                    return
+
+    def train_step(self, batches: list[Batch]) -> StepStats:
+        """Takes one optimizer step on some micro-batches.
+
+        Raises:
+            HRMError: `MAX_SKIPPED` steps in a row had no finite gradient.
+            PeerLost: another process is gone.
+        """
+        lr = learning_rate(self.options, self.state.step, self.progress())
+        set_learning_rate(self.optimizers, lr)
+        # Noise is a function of the step, so that a resumed run draws the same.
+        torch.manual_seed(noise_seed(self.options.seed, self.state.step, rank()))
+        # Step 1: gradients, accumulated over micro-batches and averaged over processes.
+        sizes = BatchSizes(*all_reduce_sum(*BatchSizes.of(batches)))
+        nll, n_logged, counts = 0.0, 0, None
+        stats = []
+        for i, batch in enumerate(batches):
+            n_targets = batch.n_targets
+            batch = batch.to(self.device)
+            is_last = i == len(batches) - 1
+            with detect_lost_peers(), nullcontext() if is_last else no_sync(self.loss):
+                with autocast(self.device, self.dtype):
+                    total, terms = self.loss(batch, sizes)
+                # DistributedDataParallel averages gradients; the total needs their sum.
+                self.scaler.scale(total * world_size()).backward()
+            stats.append(terms.stats)
+            if self.stage == "finetune" or batch.cross_attends is None:
+                nll, n_logged = nll + terms.mixture.sum().item(), n_logged + n_targets
+            if terms.code_logits is not None:
+                chosen = code_counts(terms.code_logits)
+                counts = chosen if counts is None else counts + chosen
+        nll, logged = all_reduce_sum(nll, n_logged)
+        # Step 2: weights and running statistics.
+        grad_norm = self.optimizer_step()
+        self.model.update_running_stats(stats)
+        return StepStats(int(sizes.n_targets), nll, int(logged), grad_norm, lr, counts)
+
+    def optimizer_step(self) -> float:
+        """Clips the gradients and updates the weights, unless a gradient is not finite. Returns the
+        gradient norm before clipping."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = self.clip_gradients()
+        if math.isfinite(norm):
+            self.state.skipped = 0
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        else:
+            self.state.skipped += 1
+            self.state.skipped_total += 1
+            if self.state.skipped == MAX_SKIPPED:
+                raise HRMError(
+                    f"{MAX_SKIPPED} steps in a row without a finite gradient: "
+                    "try a lower --lr or --set precision=fp32"
+                )
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def clip_gradients(self) -> float:
+        """Clips the gradients; returns their norm before, not finite if any of them is not."""
+        norm = nn.utils.clip_grad_norm_(self.parameters.dense, self.options.grad_clip or math.inf)
+        for table in self.parameters.tables:
+            if table.grad is not None:
+                if table.grad.is_sparse:
+                    table.grad = table.grad.coalesce()  # once, for the optimizer too
+                norm = norm + table.grad.norm()
+        return norm.item()
+
+    def progress(self) -> float:
+        """Returns the fraction of the run that is done, 0 to 1."""
+        options, state = self.options, self.state
+        if options.minutes is not None:
+            done = state.seconds / (60 * options.minutes)
+        elif options.steps is not None:
+            done = state.step / options.steps
+        else:
+            assert options.epochs is not None
+            done = (state.epoch + state.item / len(self.data)) / options.epochs
+        return min(1.0, done / state.horizon_scale)
+
+    def sync_stop(self, stop: bool) -> bool:
+        """Whether any process is to stop. The time and the length of the run are those of the first
+        process."""
+        state = self.state
+        own = (state.seconds, state.horizon_scale) if self.is_first else (0.0, 0.0)
+        state.seconds, state.horizon_scale, n_to_stop = all_reduce_sum(*own, float(stop))
+        return n_to_stop > 0
+
+    def validation_is_due(self) -> bool:
+        """Whether it is time: `N_VALIDATIONS` times per run, fewer if a timed run is too short."""
+        if self.validate is None:
+            return False
+        state, n_due = self.state, int(self.progress() * N_VALIDATIONS)
+        if not state.n_validations < n_due < N_VALIDATIONS:
+            return False
+        state.n_validations = n_due
+        expected = state.validation_seconds + self.last_validation_seconds
+        return self.options.minutes is None or expected < VALIDATION_SHARE * state.seconds
+
+    def run_validation(self, log: MetricsLog) -> None:
+        """Scores held-out data, saves the model if it is the best so far, and ends the run early if
+        it is past its best."""
+        assert self.validate is not None
+        state, start = self.state, time.perf_counter()
+        with run_eagerly(self.options):
+            score = self.validate(self.model)
+        self.last_validation_seconds = time.perf_counter() - start
+        state.validation_seconds += self.last_validation_seconds
+        state.val_errors, state.val_bpb = score.errors, score.bpb
+        exact_match = None if score.errors is None else 1 - score.errors
+        log.add(state, val_bpb=score.bpb, val_exact_match=exact_match)
+        if self.options.sample_prompt is not None:
+            self.show_sample(self.options.sample_prompt)
+        if is_best(score, state.best_errors, state.best_bpb, is_last=self.progress() >= 1):
+            state.best_errors, state.best_bpb, state.bad_evals = score.errors, score.bpb, 0
+            self.save("best")
+        elif state.best_bpb is not None and is_worse(score, state.best_errors, state.best_bpb):
+            state.bad_evals += 1
+            self.end_early_if_past_best()
+
+    def end_early_if_past_best(self) -> None:
+        """Starts the decay of the learning rate after `patience` bad validations: more passes would
+        only memorize the training data."""
+        state, patience, stable = self.state, self.options.patience, 1 - self.options.decay
+        is_past_best = 0 < patience <= state.bad_evals
+        if state.horizon_scale == 1 and is_past_best and self.progress() < stable:
+            state.horizon_scale = self.progress() / stable
+            print0("the held-out score is getting worse: ending early")
+
+    def show_sample(self, prompt: str) -> None:
+        """Shows what the model writes after a prompt."""
+        mode = "answer" if self.stage == "finetune" else "continue"
+        with run_eagerly(self.options):
+            text = generate(self.model, prompt, mode=mode, max_new_tokens=SAMPLE_LEN, seed=0)
+        shown = f"{prompt} -> {text}" if mode == "answer" else prompt + text
+        print0(f"sample: {' '.join(shown.split())}")
+
+    def save(self, name: str, training: dict[str, Any] | None = None) -> None:
+        """Writes the checkpoint ``{stage}_{name}.pt``."""
+        state = self.state
+        content = Checkpoint(
+            self.model.config,
+            self.model.state_dict(),
+            self.stage,
+            state.step,
+            state.bytes_seen,
+            state.val_bpb,
+            __version__,
+            training,
+        )
+        self.folder.save(name, content)
+
+    def save_state(self) -> None:
+        """Writes all that an exact continuation needs."""
+        training = {
+            "run": asdict(self.state),
+            "fingerprint": self.fingerprint,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+        }
+        self.save("state", training)
+        self.state_saved_at = time.perf_counter()
+
+    def save_epoch(self) -> None:
+        """Writes an epoch checkpoint; in a timed run with short epochs only now and then."""
+        now = time.perf_counter()
+        if self.options.minutes is not None and now - self.epoch_saved_at < EPOCH_SECONDS:
+            return
+        self.epoch_saved_at = now
+        self.save(f"epoch{self.state.epoch}")
+        self.folder.rotate_epochs(self.options.keep)
+
+    def finish(self, log: MetricsLog) -> None:
+        """Writes the last files of a run that is over or was stopped."""
+        if self.progress() >= 1:
+            if self.validate is None:
+                self.save("best")
+            else:
+                self.run_validation(log)
+        self.save_state()  # first: whoever stops the run may not wait for long
+        self.save("last")
+
+    def load_state(self, saved: Checkpoint) -> None:
+        """Continues from a saved state.
+
+        Raises:
+            HRMError: it is of another model, other data or other options.
+        """
+        training = saved.training or {}
+        old = training.get("fingerprint", {})
+        changed = [name for name, value in self.fingerprint.items() if old.get(name) != value]
+        if saved.config != self.model.config:
+            changed.append("the model")
+        if changed:
+            raise HRMError(
+                f"cannot resume the run in {self.folder.root}: {', '.join(changed)} changed"
+            )
+        self.model.load_state_dict(saved.weights)
+        for optimizer, content in zip(self.optimizers, training["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
+        self.scaler.load_state_dict(training["scaler"])
+        self.state = RunState(**training["run"])
+        saved.weights, saved.training = {}, None  # the caller keeps it for as long as the run takes
+
+    def result(self, final_eval: Callable[[HRMModel], TextScore | PairScore]) -> TrainResult:
+        """Scores the best checkpoint with ``final_eval`` and returns the result of the run."""
+        score = None
+        best = self.folder.checkpoint("best")
+        if self.is_first and self.validate is not None:
+            self.model.load_state_dict(load_checkpoint(best).weights)
+            try:
+                with run_eagerly(self.options):
+                    score = final_eval(self.model)
+            except KeyboardInterrupt as error:
+                raise Interrupted from error
+        barrier()
+        state, last = self.state, self.folder.checkpoint("last")
+        return TrainResult(best, last, state.step, state.bytes_seen, state.seconds, score)
+
+
+def noise_seed(*key: int) -> int:
+    """Returns a 64-bit seed for a key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def run_eagerly(options: TrainConfig) -> AbstractContextManager[None]:
+    """Runs compiled blocks uncompiled, for evaluation: its shapes change at every call."""
+    return torch.compiler.set_stance("force_eager") if options.compile else nullcontext()
+
+
+def resume_fingerprint(options: TrainConfig) -> dict[str, Any]:
+    """Returns the options that a resumed run must have in common with the saved one."""
+    free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every", "sample_prompt"}
+    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
+
+
+def describe_run(stage: str, model: HRMModel, dtype: torch.dtype, data: str = "") -> None:
+    """Prints what is about to be trained, and on what."""
+    precision = str(dtype).removeprefix("torch.")
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    print0(
+        f"{stage}: {model.n_parameters():,} parameters{data}; "
+        f"{model.device} in {precision}{processes}"
+    )
