@@ -36,6 +36,12 @@ def option(default: Any, group: str, text: str, *, flag: bool = True, **rules: A
     return field(default=default, metadata={"group": group, "help": text, "flag": flag, **rules})
 
 
+def flag_name(config: Any, name: str) -> str:
+    """Returns how a field of a config is set on the command line: ``--lr``, ``--set warmup``."""
+    (f,) = (f for f in fields(config) if f.name == name)
+    return f"--{name}" if f.metadata["flag"] else f"--set {name}"
+
+
 def check_fields(config: Any) -> None:
     """Checks every field of a config against its ``choices`` and bounds.
 

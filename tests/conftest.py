@@ -1,4 +1,4 @@
-"""What the tests share: the real command, and small models with nothing left at zero."""
+"""Shared by the tests: the real command, and small models without zero weights."""
 
 import os
 import random
@@ -20,13 +20,13 @@ from hrm_esp.config import HRMConfig
 from hrm_esp.model import HRMModel
 from hrm_esp.tokenizer import BOS
 
-settings.register_profile("any machine", deadline=None)  # a busy one is no failure
+settings.register_profile("any machine", deadline=None)  # a slow one is no failure
 settings.load_profile("any machine")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--d_model", "32", "--n_heads", "2", "--n_layers_enc", "1", "--n_layers_dec", "2",
          "--plan_dim", "16", "--n_plan_codes", "8", "--max_len", "64",
-         "--ngram_bits", "8")  # fmt: skip
+         "--set", "ngram_bits=8")  # fmt: skip
 CONFIG = HRMConfig(
     d_model=32,
     n_heads=2,
@@ -49,31 +49,31 @@ PAIRS = "\n".join(f"{n}\t{'par' if n % 2 == 0 else 'impar'}" for n in range(60))
 
 
 def random_model(seed: int = 0, **changes: object) -> HRMModel:
-    """A model in evaluation mode whose every weight is random: zeros would hide mistakes."""
+    """A model in evaluation mode whose weights are all random: zeros would hide mistakes."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = HRMModel(replace(CONFIG, **changes))  # type: ignore[arg-type]
         for p in model.parameters():
             p += 0.3 * torch.randn_like(p)
-        if model.executor.counts is not None:
+        if model.executor.ngrams is not None:
             letters = torch.randint(LETTERS[0], LETTERS[1], (400,)).numpy().astype(np.uint8)
             letters[::50] = 10
-            model.executor.counts.count(letters)
-            model.executor.counts.trust.uniform_()
+            model.executor.ngrams.build(letters)
+            model.executor.ngrams.gate_means.sums.uniform_()
     return model.eval()
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    """BOS and random letters: so few that most n-grams are in the table of `random_model`."""
+    """BOS and random letters, so few that most n-grams are in the table of `random_model`."""
     ids = torch.randint(*LETTERS, shape, generator=torch.Generator().manual_seed(seed))
     ids[:, 0] = BOS
     return ids
 
 
-def damaged(data: bytes, times: int) -> list[bytes]:
-    """Cut anywhere, or with a bit flipped anywhere."""
+def broken_copies(data: bytes, n: int) -> list[bytes]:
+    """Copies that are cut anywhere, or have a bit flipped anywhere."""
     chance, found = random.Random(0), []
-    for i in range(times):
+    for i in range(n):
         broken = bytearray(data)
         if i % 2:
             broken[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -81,6 +81,11 @@ def damaged(data: bytes, times: int) -> list[bytes]:
             del broken[chance.randrange(len(data)) :]
         found.append(bytes(broken))
     return found
+
+
+def set_flags(**values: object) -> list[str]:
+    """``--set name=value`` for each value."""
+    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
 
 
 @pytest.fixture
@@ -98,8 +103,8 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``corpus.txt``, ``pairs.tsv`` and ``checkpoints`` of both stages, as the
-    command makes them."""
+    """A folder with ``corpus.txt``, ``pairs.tsv`` and ``checkpoints`` of both stages, made by the
+    command."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
     (folder / "pairs.tsv").write_text(PAIRS, encoding="utf-8")

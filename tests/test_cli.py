@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, Run
-from test_training import MODEL_FLAGS, TRAIN_FLAGS
+from test_training import MODEL_OPTIONS, TRAIN_OPTIONS
 
 import hrm_esp
-from hrm_esp.checkpoint import load_checkpoint
-from hrm_esp.cli import build_parser, from_args, underscored
+from hrm_esp.cli import build_parser
+from hrm_esp.cli.main import normalize_flag
+from hrm_esp.cli.parser import from_args
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
+from hrm_esp.training.checkpoint import load_checkpoint
 
 
 def one_line_error(result: "subprocess.CompletedProcess[str]") -> str:
@@ -67,35 +69,52 @@ def test_version(run: Run) -> None:
     ],
 )
 def test_dashes_and_underscores_are_alike(given: str, expected: str) -> None:
-    assert underscored(given) == expected
+    assert normalize_flag(given) == expected
 
 
-def test_every_flag_of_the_design_is_there() -> None:
-    flags = (
-        "batch_size max_len lr d_model n_heads n_layers_enc n_layers_dec plan_dim n_plan_codes "
-        "epochs steps minutes dropout cpu no_gumbel out_dir seed val val_fraction encoding "
-        "planner_view positions optimizer precision compile size device resume overwrite keep "
-        "save_every denoise"
-    ).split()
-    text = subprocess.run(
-        [sys.executable, "-m", "hrm_esp", "pretrain", "--help"], capture_output=True, text=True
-    ).stdout
-    for flag in flags:
-        assert re.search(rf"^  --{flag}\b", text, re.M), flag
+def test_every_flag_of_the_mission_is_there() -> None:
+    flags = {
+        "pretrain": "batch_size max_len lr d_model n_heads n_layers_enc n_layers_dec plan_dim "
+        "n_plan_codes epochs steps minutes dropout cpu no_gumbel out_dir seed val encoding size "
+        "device resume overwrite set",
+        "finetune": "batch_size lr epochs steps minutes dropout cpu no_gumbel out_dir seed ckpt",
+        "generate": "prompt max_new_tokens min_new_tokens temperature top_k top_p seed cpu ckpt",
+    }
+    for command, names in flags.items():
+        text = subprocess.run(
+            [sys.executable, "-m", "hrm_esp", command, "--help"], capture_output=True, text=True
+        ).stdout
+        for name in names.split():
+            assert re.search(rf"^  --{name}\b", text, re.M), name
     args = build_parser().parse_args(["pretrain", "a", "b", "--no_gumbel", "--lr", "0.1"])
     assert (args.corpus, args.gumbel, args.lr) == (["a", "b"], False, 0.1)
 
 
-@pytest.mark.parametrize("name", [*MODEL_FLAGS, *TRAIN_FLAGS, "encoding", "out_dir", "keep"])
-def test_every_flag_reaches_its_field(name: str) -> None:
-    value = ({**MODEL_FLAGS, **TRAIN_FLAGS, "encoding": "cp1252", "out_dir": "x", "keep": 9})[name]
-    flags = {True: [f"--{name}"], False: [f"--no_{name}"]} if isinstance(value, bool) else {}
-    args = ["pretrain", *flags.get(value, [f"--{name}", str(value)])]
-    config = HRMConfig if name in MODEL_FLAGS else PretrainConfig
-    built = from_args(config, build_parser().parse_args(args))
-    assert built == replace(
-        config(), **{name: value} | ({"minutes": None} if name == "steps" else {})
-    )
+def test_no_command_has_more_than_25_flags() -> None:
+    (commands,) = (a.choices for a in build_parser()._actions if isinstance(a.choices, dict))
+    for name, parser in commands.items():
+        flags = [a for a in parser._actions if a.option_strings and a.dest != "help"]
+        assert len(flags) <= 25, name
+
+
+@pytest.mark.parametrize("name", [*MODEL_OPTIONS, *TRAIN_OPTIONS, "encoding", "out_dir", "keep"])
+def test_every_option_reaches_its_field(name: str) -> None:
+    options = {**MODEL_OPTIONS, **TRAIN_OPTIONS, "encoding": "cp1252", "out_dir": "x", "keep": 9}
+    value, config = options[name], HRMConfig if name in MODEL_OPTIONS else PretrainConfig
+    expected = replace(config(), **{name: value} | ({"minutes": None} if name == "steps" else {}))
+    given = [["--set", f"{name}={value}"]]
+    if config.__dataclass_fields__[name].metadata["flag"]:
+        given.append([f"--no_{name}"] if value is False else [f"--{name}", str(value)])
+    for args in given:
+        assert from_args(config, build_parser().parse_args(["pretrain", *args])) == expected
+
+
+def test_set_help_lists_the_options_without_a_flag(run: Run) -> None:
+    for command, name in (("pretrain", "planner_input"), ("finetune", "weight_decay")):
+        out = run(command, "--set", "help")
+        assert out.returncode == 0 and not out.stderr
+        assert re.search(rf"^{name} ", out.stdout, re.M) and "\nlr " not in out.stdout
+    assert "did you mean warmup?" in run("pretrain", "--set", "warm-up=3").stderr
 
 
 @pytest.mark.parametrize(
@@ -104,10 +123,11 @@ def test_every_flag_reaches_its_field(name: str) -> None:
         (["--context", "plan"], {"context": "plan"}),
         (["--no-gumbel", "--dropout=0.2"], {"gumbel": False, "dropout": 0.2}),
         (["--epochs", "2", "--batch-size", "7"], {"epochs": 2, "batch_size": 7, "minutes": None}),
+        (["--set", "weight-decay=0"], {"weight_decay": 0.0}),
     ],
 )
 def test_finetuning_flags(flags: list[str], changes: dict[str, object]) -> None:
-    args = build_parser().parse_args(["finetune", *map(underscored, flags)])
+    args = build_parser().parse_args(["finetune", *map(normalize_flag, flags)])
     assert from_args(FinetuneConfig, args) == replace(FinetuneConfig(), **changes)
 
 
@@ -153,7 +173,7 @@ def test_finetuning_from_scratch(trained: Path, run: Run, tmp_path: Path) -> Non
     out = run("finetune", trained / "pairs.tsv", "--from-scratch", "--size=tiny", "--steps", "2")
     assert out.returncode == 0, out.stderr
     saved = torch.load(tmp_path / "checkpoints" / "finetune_best.pt", weights_only=True)
-    assert saved["config"]["d_model"] == 128 and saved["config"]["memory"]
+    assert saved["config"]["d_model"] == 128 and saved["config"]["cross_attention"]
 
 
 def test_progress_is_lines_on_stderr_and_results_on_stdout(trained: Path, run: Run) -> None:
@@ -228,7 +248,29 @@ BAD = {
     "binary TSV": ("finetune", "binary.txt", "--ckpt", "good.pt"),
     "folder as TSV": ("finetune", "folder", "--ckpt", "good.pt"),
     "TSV of blank lines": ("finetune", "blank.tsv", "--ckpt", "good.pt"),
-    "blocks of no checkpoint": ("finetune", "pairs.tsv", "--from_scratch", "--blocks", "keep"),
+    "blocks of no checkpoint": (
+        "finetune",
+        "pairs.tsv",
+        "--from_scratch",
+        "--reinit_blocks",
+        "never",
+    ),
+    "unknown hyperparameter": ("pretrain", "text.txt", "--set", "colour=red"),
+    "hyperparameter without a value": ("pretrain", "text.txt", "--set", "warmup"),
+    "hyperparameter of another type": ("pretrain", "text.txt", "--set", "warmup=many"),
+    "hyperparameter out of range": ("pretrain", "text.txt", "--set", "decay=2"),
+    "neither true nor false": ("pretrain", "text.txt", "--set", "grow=perhaps"),
+    "new model's hyperparameter": (
+        "finetune",
+        "pairs.tsv",
+        "--ckpt",
+        "good.pt",
+        "--set",
+        "ff_mult=2",
+    ),
+    "pairs of a folder": ("pairs", "folder"),
+    "pairs into nowhere": ("pairs", "text.txt", "-o", "no/pairs.tsv"),
+    "no sentence is short enough": ("pairs", "text.txt", "--max_bytes", "0"),
     "two starts": ("finetune", "pairs.tsv", "--ckpt", "good.pt", "--from_scratch"),
     "size of a checkpoint": ("finetune", "pairs.tsv", "--ckpt", "good.pt", "--size", "tiny"),
     "predictions of a text": ("evaluate", "text.txt", "--ckpt", "good.pt", "--predictions", "p"),
@@ -346,7 +388,7 @@ def test_a_disk_that_is_full_later_leaves_a_checkpoint_and_names_it(
     assert not list(folder.glob(".*")) and not (folder / "pretrain_state.pt").exists()
 
 
-INTERRUPTED = ["--steps", "120", "--batch_size", "1", "--save_every", "0.001", *SMALL]
+INTERRUPTED = ["--steps", "120", "--batch_size", "1", "--set", "save_every=0.001", *SMALL]
 
 
 @pytest.fixture(scope="module")

@@ -33,12 +33,12 @@ def ring(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-def test_lines_without_mark_breaks_and_blanks(tmp_path: Path) -> None:
+def test_lines_have_no_mark_and_no_line_breaks(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbfuno\r\n\r\n  dos \r\xc3\xb1\n \nfin")
     assert list(load_corpus_lines(path)) == ["uno", "  dos ", "ñ", "fin"]
 
 
-def test_undecodable_bytes_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_undecodable_bytes_are_dropped_and_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "la niña".encode("latin-1") + b"\nbien\n")
     stats = TextStats()
     assert list(load_corpus_lines(path, stats=stats)) == ["la nia", "bien"]
@@ -53,7 +53,7 @@ def test_a_wrong_encoding_is_a_warning_that_names_the_flag(
     assert "--encoding latin-1" in capsys.readouterr().err
     load_stream([write(tmp_path / "a.txt", b"\xf1\n" + b"La nina canta. " * 200)])
     said = capsys.readouterr().err
-    assert "left out: 1 (0.03%)" in said and "warning" not in said
+    assert "skipped 1 bytes (0.03%)" in said and "warning" not in said
     load_stream([write(tmp_path / "b.txt", "La niña cantó una canción. " * 20)])
     assert not capsys.readouterr().err
 
@@ -64,7 +64,7 @@ def test_encodings(tmp_path: Path, encoding: str) -> None:
     assert load_stream([path], encoding).tobytes().decode() == "¿Qué?\nAñil\n"
 
 
-def test_text_is_brought_to_nfc(tmp_path: Path) -> None:
+def test_text_is_normalized_to_nfc(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", unicodedata.normalize("NFD", "canción\n"))
     assert load_stream([path]).tobytes().decode() == "canción\n"
 
@@ -79,7 +79,7 @@ def test_files_folders_and_gz_are_one_stream(tmp_path: Path) -> None:
     assert load_stream([folder, extra]).tobytes() == b"uno\ndos\ntres\n"
 
 
-def test_the_token_file_is_used_again_until_the_source_changes(tmp_path: Path) -> None:
+def test_the_token_file_is_reused_until_the_source_changes(tmp_path: Path) -> None:
     source, token_file = write(tmp_path / "a.txt", "uno\n"), tmp_path / "run" / "a.tokens"
     load_stream([source], token_file=token_file)
     built = token_file.stat()
@@ -99,13 +99,13 @@ def test_the_token_file_is_used_again_until_the_source_changes(tmp_path: Path) -
     st.sampled_from(["same", "previous"]),
 )
 def test_windows_cover_every_byte_as_target(
-    text: str, length: int, pieces: int, seed: int, view: str
+    text: str, length: int, n_splits: int, seed: int, view: str
 ) -> None:
-    """Each epoch predicts every byte at least once, and none twice but to fill the last window."""
+    """Each epoch predicts every byte once, and some twice to fill the last window."""
     stream = ring("".join(f"{x}\n" for x in text.split("\n") if x).encode())
-    data = LMDataset(stream, length * pieces, view)
-    places, batches = zip(*data.batches(lambda: (3, pieces), seed, epoch=1), strict=True)
-    assert list(places) == [min(3 * (i + 1), len(data)) for i in range(len(batches))]
+    data = LMDataset(stream, length * n_splits, view)
+    n_done, batches = zip(*data.batches(lambda: (3, n_splits), seed, epoch=1), strict=True)
+    assert list(n_done) == [min(3 * (i + 1), len(data)) for i in range(len(batches))]
     targets = np.concatenate([b.y_out.numpy().ravel() for b in batches])
     assert len(targets) == len(data) * data.max_len < len(stream) + data.max_len
     expected = np.where(stream == 10, EOS, stream.astype(int))
@@ -120,13 +120,13 @@ def test_windows_cover_every_byte_as_target(
         if view == "same":
             as_target = np.where(batch.prompt_ids == BOS, EOS, batch.prompt_ids)
             assert (as_target[:, 1:] == batch.y_out.numpy()).all()
-    rest = list(data.batches(lambda: (3, pieces), seed, epoch=1, skip=3))
-    assert [n for n, _ in rest] == list(places)[1:]
+    rest = list(data.batches(lambda: (3, n_splits), seed, epoch=1, skip=3))
+    assert [n for n, _ in rest] == list(n_done)[1:]
     for (_, a), b in zip(rest, batches[1:], strict=True):
         assert (a.y_in == b.y_in).all()
 
 
-def test_the_previous_view_ends_where_the_window_begins() -> None:
+def test_the_previous_window_ends_where_the_window_begins() -> None:
     batch = LMDataset(ring(b"0123456789\n"), 4, "previous").windows(np.array([4]))
     decode = ByteTokenizer().decode
     assert decode(batch.prompt_ids[0].tolist()) == "0123"
@@ -134,21 +134,28 @@ def test_the_previous_view_ends_where_the_window_begins() -> None:
     assert decode(batch.y_out[0].tolist()) == "4567"
 
 
-def test_the_past_ends_where_the_window_begins() -> None:
+def test_the_preceding_bytes_end_where_the_window_begins() -> None:
     text = ring(b"0123456789\nabcdefghi\n")
-    batch = LMDataset(text, 4, recent_len=3).windows(np.array([1, 4, 13]), 2)
-    assert batch.past is not None
+    batch = LMDataset(text, 4, preceding_len=3).windows(np.array([1, 4, 13]), 2)
+    assert batch.preceding_ids is not None
     decode = ByteTokenizer().decode
-    assert [decode(row) for row in batch.past.tolist()] == ["hi", "01", "012", "234", "9a", "abc"]
-    assert batch.past[1].tolist() == [BOS, ord("0"), ord("1")]
-    # Of a corpus that is not much longer, no part of the window itself.
+    assert [decode(row) for row in batch.preceding_ids.tolist()] == [
+        "hi",
+        "01",
+        "012",
+        "234",
+        "9a",
+        "abc",
+    ]
+    assert batch.preceding_ids[1].tolist() == [BOS, ord("0"), ord("1")]
+    # In a corpus that is not much longer they are not part of the window.
     for n in range(1, 22):
-        data = LMDataset(text[:n], 4, recent_len=99)
-        past = data.windows(np.array([0])).past
-        assert past is not None and past.shape[1] == max(0, n - 5)
+        data = LMDataset(text[:n], 4, preceding_len=99)
+        preceding = data.windows(np.array([0])).preceding_ids
+        assert preceding is not None and preceding.shape[1] == max(0, n - 5)
 
 
-def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
     data = LMDataset(ring(bytes(range(48, 120)) + b"\n"), 8)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
@@ -163,7 +170,7 @@ def test_dataset_lm_is_a_sequence_of_windows(tmp_path: Path) -> None:
     assert [ByteTokenizer().decode(b.y_out[0].tolist()) for b in data] == ["abcd", "efgh", "ija"]
 
 
-def test_the_held_out_tail_is_whole_documents() -> None:
+def test_the_held_out_tail_has_whole_documents() -> None:
     stream = ring(b"aaaa\nbbbb\ncccc\ndddd\n")
     train, held_out = split_stream(stream, 0.4)
     assert train.tobytes() == b"aaaa\nbbbb\ncccc\n" and held_out.tobytes() == b"dddd\n"
@@ -202,9 +209,9 @@ def test_no_row_held_out_is_trained_on() -> None:
         assert set(rest) | set(held_out) == set(pairs)
 
 
-def test_the_counts_read_the_prompt_before_the_target() -> None:
+def test_the_preceding_text_of_a_target_is_its_prompt() -> None:
     data = TSVDataset([Pair(b"ab", b"x"), Pair(b"abc", b"x"), Pair(b"y", b"y", lm=True)], 32)
-    assert data.collate(data.pairs).past.tolist() == [
+    assert data.collate(data.pairs).preceding_ids.tolist() == [
         [PAD, 97, 98], [97, 98, 99], [PAD, PAD, PAD]
     ]  # fmt: skip
 
@@ -217,21 +224,21 @@ def test_every_pair_is_in_one_batch(rows: list[tuple[str, str]]) -> None:
     pairs = [Pair(p.encode(), t.encode()) for p, t in rows]
     data = TSVDataset(pairs, max_len=64)
     seen = []
-    places = []
-    for place, batch in data.batches(lambda: (2, 1), seed=1, epoch=0):
-        places.append(place)
+    n_done = []
+    for n, batch in data.batches(lambda: (2, 1), seed=1, epoch=0):
+        n_done.append(n)
         decode = ByteTokenizer().decode
         assert batch.prompt_ids.numel() + batch.y_in.numel() <= 2 * 64 or len(batch.y_in) == 1
         for prompt, y_in, y_out in zip(batch.prompt_ids, batch.y_in, batch.y_out, strict=True):
             assert y_in[0] == BOS and y_out[y_out != PAD][-1] == EOS
             seen.append((decode(prompt.tolist()).encode(), decode(y_out.tolist()).encode()))
-        assert place == len(seen)
+        assert n == len(seen)
     assert sorted(seen) == sorted((p.prompt, p.target) for p in pairs)
-    rest = data.batches(lambda: (2, 1), seed=1, epoch=0, skip=places[0])
-    assert [place for place, _ in rest] == places[1:]
+    rest = data.batches(lambda: (2, 1), seed=1, epoch=0, skip=n_done[0])
+    assert [n for n, _ in rest] == n_done[1:]
 
 
-def test_held_out_rows_are_others(tmp_path: Path) -> None:
+def test_training_and_held_out_rows_are_all_rows(tmp_path: Path) -> None:
     data = dataset_tsv(write(tmp_path / "a.tsv", "".join(f"{i}\tx\n" for i in range(50))))
     kept, held_out = split_pairs(data, 0.2, seed=3)
     assert (len(kept), len(held_out)) == (40, 10)
@@ -242,14 +249,12 @@ def test_held_out_rows_are_others(tmp_path: Path) -> None:
     ("n", "fraction", "expected"),
     [(4, None, 0), (5, None, 1), (99, None, 19), (300, None, 50), (1200, None, 60), (99, 0.1, 10)],
 )
-def test_enough_rows_are_held_out_to_choose_by(
-    n: int, fraction: float | None, expected: int
-) -> None:
+def test_enough_rows_are_held_out(n: int, fraction: float | None, expected: int) -> None:
     data = TSVDataset([Pair(str(i).encode(), b"x") for i in range(n)], 32)
     assert len(split_pairs(data, fraction, seed=0)[1]) == expected
 
 
 @pytest.mark.parametrize("data", [b"", b"\n \n", b"\0\1\2" * 50, bytes(range(128, 256)) * 9])
-def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(HRMError):
         load_stream([write(tmp_path / "a.txt", data)])

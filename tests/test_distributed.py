@@ -1,4 +1,4 @@
-"""Many processes, as torchrun starts them: really two, that talk through gloo."""
+"""Two processes, started by torchrun, that communicate through gloo."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TEXT
+from conftest import SMALL, TEXT, set_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_esp.checkpoint import load_checkpoint
-from hrm_esp.data import ALL, LMDataset, Pair, Shard, TSVDataset
+from hrm_esp.data import WHOLE, LMDataset, Pair, Shard, TSVDataset
 from hrm_esp.tokenizer import PAD
+from hrm_esp.training.checkpoint import load_checkpoint
 
 STREAM = np.frombuffer((TEXT + "\n").encode(), dtype=np.uint8)
 WORDS = TSVDataset([Pair(w.encode(), w[::-1].encode()) for w in TEXT.split()[:70]], 32)
@@ -26,12 +26,16 @@ RECORD = """\
 import json, sys
 from pathlib import Path
 from hrm_esp import cli
-from hrm_esp.trainer import Trainer
-steps, lead = [], Trainer.lead
-def recorded(trainer, given):
-    lead(trainer, (steps.append((s.nats / max(1, s.shown), s.norm)) or s for s in given))
-    (trainer.folder / "steps.json").write_text(json.dumps(steps))
-Trainer.lead = recorded
+from hrm_esp.training import Trainer
+steps, train_step, finish = [], Trainer.train_step, Trainer.finish
+def recorded_step(trainer, batches):
+    step = train_step(trainer, batches)
+    steps.append((step.nll / max(1, step.n_logged), step.grad_norm))
+    return step
+def recorded_finish(trainer, log):
+    finish(trainer, log)
+    (trainer.folder.root / "steps.json").write_text(json.dumps(steps))
+Trainer.train_step, Trainer.finish = recorded_step, recorded_finish
 status = cli.main()
 running = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 assert not any("gloo" in name for name in running)  # such a thread may abort the exit
@@ -60,7 +64,7 @@ def test_the_shards_of_a_batch_are_the_batch(n: int, size: int, epoch: int, deno
     for data in (WORDS, LMDataset(STREAM, 32, denoise=denoise)):
         whole, *parts = (
             list(data.batches(lambda: (size, 1), 0, epoch, shard=shard))
-            for shard in (ALL, *(Shard(i, n) for i in range(n)))
+            for shard in (WHOLE, *(Shard(i, n) for i in range(n)))
         )
         for (behind, batch), *shares in zip(whole, *parts, strict=True):
             assert all(b == behind for b, _ in shares)
@@ -85,8 +89,9 @@ def test_two_processes_are_one_with_twice_the_batch(
     corpus: Path, optimizer: str, tolerance: float
 ) -> None:
     """Without noise: in their losses, and in the gradients of text and of text restored."""
-    flags = (*SMALL, "--no_gumbel", "--ngram_dropout", "0", "--precision", "fp32", "--steps", 50,
-             "--optimizer", optimizer, "--denoise", "0.3", "--grad_accum", 2)  # fmt: skip
+    flags = (*SMALL, "--no_gumbel", "--steps", 50, *set_flags(
+        ngram_dropout=0, precision="fp32", optimizer=optimizer, denoise=0.3, grad_accum=2
+    ))  # fmt: skip
     one, two = (
         recorded(n, corpus.parent / str(n), "pretrain", corpus, *flags, "--batch_size", 8 // n)
         for n in (1, 2)
@@ -100,8 +105,8 @@ def test_two_processes_are_one_with_twice_the_batch(
 
 def test_two_processes_finetune_as_one_does(corpus: Path, trained: Path) -> None:
     given = ("finetune", trained / "pairs.tsv", "--ckpt", trained / "checkpoints/pretrain_last.pt",
-             "--dropout", "0", "--ngram_dropout", "0")  # fmt: skip
-    flags = ("--no_gumbel", "--precision", "fp32", "--steps", 8, "--optimizer", "adamw")
+             "--dropout", "0", "--no_gumbel", "--steps", 8)  # fmt: skip
+    flags = set_flags(ngram_dropout=0, precision="fp32", optimizer="adamw")
     one, two = (
         recorded(n, corpus.parent / str(n), *given, *flags, "--batch_size", 4 // n) for n in (1, 2)
     )
@@ -125,7 +130,7 @@ def test_processes_with_other_data_are_told_so(corpus: Path) -> None:
 
 
 def start(folder: Path, *args: object) -> "subprocess.Popen[str]":
-    flags = (*SMALL, "--steps", 60, "--batch_size", 2, "--save_every", 0.005, *args)
+    flags = (*SMALL, "--steps", 60, "--batch_size", 2, "--set", "save_every=0.005", *args)
     return subprocess.Popen(
         command(2, "-m", "hrm_esp", "pretrain", folder.parent / "corpus.txt", *flags,
                 "--out_dir", folder), text=True, stderr=subprocess.PIPE,
@@ -155,7 +160,7 @@ def test_stopped_by_the_cluster_and_resumed_it_is_the_same(corpus: Path) -> None
 def test_a_process_that_dies_ends_the_run_and_loses_nothing(corpus: Path) -> None:
     """It goes on with another number of processes: one."""
     folder = corpus.parent / "run"
-    process = start(folder, "--save_every", 60)
+    process = start(folder, "--set", "save_every=60")
     wait_for(folder / "pretrain_best.pt", process)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True

@@ -9,17 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp.data import Pair, TSVDataset
-from hrm_esp.decoding import window_start
-from hrm_esp.evaluation import (
-    edit_distance,
-    evaluate,
-    pair_bits,
-    ratio,
-    score_pairs,
-    score_stream,
-    wilson,
-)
-from hrm_esp.generation import generate_batch
+from hrm_esp.evaluation import edit_distance, evaluate, pair_bits, score_pairs, score_stream
+from hrm_esp.evaluation.metrics import bootstrap_ratio, wilson_interval
+from hrm_esp.generation import generate_batch, window_start
 from hrm_esp.model import HRMModel
 from hrm_esp.tokenizer import BOS, EOS
 
@@ -31,8 +23,8 @@ def stream(text: str) -> np.ndarray:
 
 
 def bits_one_by_one(model: HRMModel, text: str) -> float:
-    """Each byte alone: the Executor's window before it, the Planner's text before that window's
-    first new byte."""
+    """Predicts each byte by itself. The Executor reads the window before it, the Planner the text
+    before the window's first target."""
     data, max_len = text.encode(), model.config.max_len
     as_input = [BOS, *(BOS if b == 10 else b for b in data)]
     bits = 0.0
@@ -42,20 +34,20 @@ def bits_one_by_one(model: HRMModel, text: str) -> float:
         plan, _ = model.planner(
             torch.tensor([[BOS, *as_input[1 + max(0, first - max_len) : 1 + first]]])
         )
-        past = torch.tensor([as_input[max(0, start - model.config.recent_len) : start]])
+        preceding = torch.tensor([as_input[max(0, start - model.config.recent_len) : start]])
         window = torch.tensor([as_input[start : i + 1]])
-        logits = model.executor(window, plan, past=past.long())[0, -1]
-        bits -= logits.log_softmax(-1)[EOS if byte == 10 else byte].item() / math.log(2)
+        log_probs = model.executor(window, plan, preceding_ids=preceding.long())[0, -1]
+        bits -= log_probs[EOS if byte == 10 else byte].item() / math.log(2)
     return bits / len(data)
 
 
 @pytest.mark.parametrize(
     "kind",
-    [{}, {"positions": "learned", "gumbel": False}, {"memory": True}, {"recent_len": 37}],
+    [{}, {"positions": "learned", "gumbel": False}, {"cross_attention": True}, {"recent_len": 37}],
     ids=str,
 )
 @pytest.mark.parametrize("text", ["a\n", TEXT[:31] + "\n", TEXT])
-def test_a_text_scores_as_one_byte_at_a_time(kind: dict[str, object], text: str) -> None:
+def test_a_text_scores_as_byte_by_byte(kind: dict[str, object], text: str) -> None:
     model = random_model(**kind)
     with torch.inference_mode():
         expected = bits_one_by_one(model, text)
@@ -65,7 +57,7 @@ def test_a_text_scores_as_one_byte_at_a_time(kind: dict[str, object], text: str)
         assert score.bits_per_byte == pytest.approx(expected, abs=1e-4)
 
 
-def test_no_byte_is_seen_before_it_is_predicted() -> None:
+def test_no_byte_is_read_before_it_is_predicted() -> None:
     """Were the plan made from the scored text, a change at the end would change earlier scores."""
     model = random_model()
     text = TEXT * 3
@@ -77,8 +69,8 @@ def test_no_byte_is_seen_before_it_is_predicted() -> None:
         assert 2.0 ** -last_bits[0] + 2.0 ** -last_bits[1] <= 1 + 1e-3  # two outcomes of one choice
 
 
-def test_pairs_score_alike_whatever_the_batch() -> None:
-    model = random_model(memory=True)
+def test_pairs_score_the_same_in_any_batch() -> None:
+    model = random_model(cross_attention=True)
     pairs = [Pair(b"uno" * n, b"dos tres"[: n + 1], lm=n == 2) for n in range(7)]
     data = TSVDataset(pairs, 32)
     scores = [score_pairs(model, data, batch_size=b) for b in (1, 3, 64)]
@@ -91,8 +83,8 @@ def test_pairs_score_alike_whatever_the_batch() -> None:
         assert score.char_error_rate == pytest.approx(scores[0].char_error_rate)
 
 
-def test_exact_match_counts_the_answers_written() -> None:
-    model = random_model(memory=True)
+def test_exact_match_counts_correct_answers() -> None:
+    model = random_model(cross_attention=True)
     prompts = ["uno", "dos", "tres"]
     answers = generate_batch(model, prompts, mode="answer", max_new_tokens=8, precision="fp32")
     pairs = [Pair(a.prompt.encode(), a.text.encode()) for a in answers]
@@ -103,26 +95,26 @@ def test_exact_match_counts_the_answers_written() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30))
-def test_an_interval_lies_among_the_rows(rows: list[tuple[int, int]]) -> None:
-    value, (low, high) = ratio(np.array(rows))
+def test_an_interval_lies_within_the_range_of_the_rows(rows: list[tuple[int, int]]) -> None:
+    value, (low, high) = bootstrap_ratio(np.array(rows))
     assert value == pytest.approx(sum(a for a, _ in rows) / sum(b for _, b in rows))
     shares = [a / b for a, b in rows]
     assert min(shares) - 1e-9 <= low <= high <= max(shares) + 1e-9
 
 
-def test_the_intervals_are_that_of_the_binomial() -> None:
+def test_intervals_of_a_share_equal_the_binomial() -> None:
     rows = np.array([(i % 10 < 3, 1) for i in range(1000)])
-    value, by_bootstrap = ratio(rows)
+    value, by_bootstrap = bootstrap_ratio(rows)
     wide = 1.96 * (0.3 * 0.7 / 1000) ** 0.5
     assert value == pytest.approx(0.3)
-    for interval in (by_bootstrap, wilson(300, 1000)):
+    for interval in (by_bootstrap, wilson_interval(300, 1000)):
         assert interval == pytest.approx((0.3 - wide, 0.3 + wide), abs=0.004)
 
 
 @given(st.integers(0, 40), st.integers(1, 40))
-def test_the_interval_of_a_share_is_where_its_score_test_ends(right: int, n: int) -> None:
+def test_the_wilson_interval_inverts_the_score_test(right: int, n: int) -> None:
     right = min(right, n)
-    low, high = wilson(right, n)
+    low, high = wilson_interval(right, n)
     assert 0 <= low <= right / n + 1e-9 and right / n - 1e-9 <= high <= 1 and high - low > 0.01
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:
@@ -141,11 +133,11 @@ def levenshtein(a: str, b: str) -> int:
 
 
 @given(st.text("abñ", max_size=5), st.text("abñ", max_size=5))
-def test_edit_distance_is_the_recursive_one(a: str, b: str) -> None:
+def test_edit_distance_equals_the_recursive_definition(a: str, b: str) -> None:
     assert edit_distance(a, b) == levenshtein(a, b)
 
 
-def test_a_file_is_scored_by_its_name(tmp_path: Path) -> None:
+def test_the_name_of_a_file_decides_how_it_is_scored(tmp_path: Path) -> None:
     model = random_model()
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     (tmp_path / "a.tsv").write_text("uno\tdos\n", encoding="utf-8")

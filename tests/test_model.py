@@ -1,4 +1,4 @@
-"""What must hold whatever the weights: all are random here."""
+"""Properties of the model for any weights: all are random."""
 
 import itertools
 import math
@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 
 from hrm_esp.config import HRMConfig
 from hrm_esp.errors import HRMError
-from hrm_esp.layers import (
-    FFN,
-    MHA,
-    Angles,
-    Memory,
-    NgramEmbedding,
-    RMSNorm,
-    Rotary,
-    characters,
-    rotate,
-)
-from hrm_esp.model import ExecutorCache, HRMModel
+from hrm_esp.model import FFN, MHA, ExecutorCache, HRMModel, NgramEmbedding, RMSNorm
+from hrm_esp.model.embeddings import Rotary, apply_rotary, character_positions
+from hrm_esp.model.layers import CrossInputs, attention
 from hrm_esp.tokenizer import BOS, PAD, PLAN, VOCAB_SIZE
 
 KINDS = [
@@ -36,8 +27,8 @@ KINDS = [
     {"recent_len": 20},
     {"gumbel": False},
     {"gumbel_hard": True},
-    {"memory": True},
-    {"memory": True, "positions": "learned"},
+    {"cross_attention": True},
+    {"cross_attention": True, "positions": "learned"},
 ]
 
 
@@ -45,7 +36,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_rms_norm_has_unit_size_and_a_gain() -> None:
+def test_rms_norm_has_unit_rms_and_a_gain() -> None:
     norm = RMSNorm(8)
     x = 5 * torch.randn(3, 4, 8)
     close(norm(x).pow(2).mean(-1), torch.ones(3, 4))
@@ -64,22 +55,21 @@ def test_ffn_is_geglu() -> None:
     close(ffn(x), (gelu * (x @ up.T)) @ ffn.out.weight.T)
 
 
-def test_rotation_keeps_length_and_depends_on_distance_alone() -> None:
-    angles = Rotary(8, 64)
+def test_rotation_keeps_length_and_depends_on_distance_only() -> None:
+    rotary = Rotary(8, 64)
     q, k = torch.randn(2, 1, 1, 1, 8)
 
     def product(i: int, j: int) -> torch.Tensor:
-        return (rotate(q, at(i)) * rotate(k, at(j))).sum()
+        return (apply_rotary(q, at(i)) * apply_rotary(k, at(j))).sum()
 
-    def at(place: int) -> Angles:
-        found = angles(slice(place, place + 1))
-        for one, other in zip(found, angles.at(torch.tensor([place])), strict=True):
-            close(one, other)
-        return found
+    def at(position: int) -> torch.Tensor:
+        freqs_cis = rotary(slice(position, position + 1))
+        close(freqs_cis, rotary.freqs_cis(torch.tensor([position])))
+        return freqs_cis
 
     close(product(3, 7), product(40, 44))
     assert (product(3, 7) - product(3, 8)).abs() > 1e-3
-    close(rotate(q, at(9)).norm(), q.norm())
+    close(apply_rotary(q, at(9)).norm(), q.norm())
 
 
 def plain_attention(
@@ -87,7 +77,7 @@ def plain_attention(
 ) -> torch.Tensor:
     """Attention by the book (Vaswani et al. 2017, equation 1), head by head, QK-norm on."""
     d, n = attention.head_dim, attention.n_heads
-    if attention.cross:
+    if attention.is_cross:
         wq, (wk, wv) = attention.wq.weight, attention.wkv.weight.chunk(2)
     else:
         wq, wk, wv = attention.wqkv.weight.chunk(3)
@@ -107,25 +97,27 @@ def plain_attention(
 def test_characters_are_counted_as_in_the_text(text: str) -> None:
     data = text.encode(errors="ignore")
     ids = torch.tensor([[BOS, *data]])
-    count = characters(ids)[0].tolist()
+    count = character_positions(ids)[0].tolist()
     assert count[-1] == len(data.decode())
     whole = [data[:n].decode(errors="ignore") for n in range(len(data) + 1)]
     assert count == [len(w) + (w.encode() != data[:n]) for n, w in enumerate(whole)]
 
 
 def test_attention_is_that_of_the_paper() -> None:
-    blocks = random_model(memory=True)
+    blocks = random_model(cross_attention=True)
     x, other = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    none = torch.zeros(2, 1, 1, 0)  # no rotation
     causal = blocks.executor.blocks[0].attn
-    close(causal(x), plain_attention(causal, x, x, torch.ones(5, 5).tril().bool()))
+    close(causal(x, none), plain_attention(causal, x, x, torch.ones(5, 5).tril().bool()))
     full = blocks.planner.blocks[0].attn
-    close(full(x), plain_attention(full, x, x, None))
+    close(full(x, none), plain_attention(full, x, x, None))
     cross = blocks.executor.blocks[0].cross
-    places = torch.arange(7).expand(2, 7)
-    read = cross.attend_memory(x, Memory(other, None, places))
-    close(read, plain_attention(cross, x, other, None))
-    visible = torch.tensor([[True] * 4 + [False] * 3, [False] * 7])
-    masked = cross.attend_memory(x, Memory(other, visible, places))
+    close(
+        cross.cross_attend(x, CrossInputs(other, None, none, none)),
+        plain_attention(cross, x, other, None),
+    )
+    mask = torch.tensor([[True] * 4 + [False] * 3, [False] * 7])
+    masked = cross.cross_attend(x, CrossInputs(other, mask, none, none))
     close(masked[:1], plain_attention(cross, x[:1], other[:1, :4], None))
     assert (masked[1] == 0).all()
 
@@ -143,18 +135,18 @@ def test_equal_ngrams_have_equal_rows_and_others_others() -> None:
     embedding = NgramEmbedding(HRMConfig(ngram_max=5, ngram_bits=24, d_model=2, n_heads=1))
     chance = random.Random(0)
     ids = [BOS, *(chance.choice([97, 98, BOS, 255]) for _ in range(400))]
-    rows = torch.stack(embedding.index(torch.tensor([ids]), 0), dim=-1)[0]
+    rows = torch.stack(embedding.rows(torch.tensor([ids]), 0), dim=-1)[0]
     row_of: dict[tuple[int, tuple[int, ...]], int] = {}
     for place, order in itertools.product(range(len(ids)), range(2, 6)):
         row = int(rows[place, order - 2])
-        assert 0 <= row - (order - 2) * embedding.rows < embedding.rows
+        assert 0 <= row - (order - 2) * embedding.n_rows < embedding.n_rows
         # A short n-gram at a document's start is not the same as a whole one of those bytes.
         key = (order, ngrams(ids, place, order))
         assert row_of.setdefault(key, row) == row
     assert len(set(row_of.values())) == len(row_of)
 
 
-def test_half_of_the_ngrams_are_dropped_in_training_only() -> None:
+def test_ngram_dropout_acts_in_training_only() -> None:
     embedding = NgramEmbedding(HRMConfig(ngram_dropout=0.5, d_model=4, n_heads=1, ngram_max=2))
     torch.nn.init.ones_(embedding.table.weight)
     ids = torch.randint(0, 256, (10, 100))
@@ -198,39 +190,41 @@ def test_no_logit_sees_a_later_byte(kind: dict[str, object]) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_cached_equals_uncached_in_pieces_of_any_size(kind: dict[str, object]) -> None:
     model = random_model(**kind)
-    y_in, places = tokens(2, 24, seed=1), torch.arange(24).expand(2, 24)
-    memory = model.planner.read(tokens(2, 9)) if model.config.memory else None
+    y_in, chars = tokens(2, 24, seed=1), torch.arange(24).expand(2, 24)
+    encoded = model.planner.encode(tokens(2, 9)) if model.config.cross_attention else None
     plan, _ = model.planner(tokens(2, 9))
     with torch.inference_mode():
-        whole = model.executor.read(y_in, plan, memory)
-        cache, read = ExecutorCache(model.config.n_layers_dec, 33, memory), []
+        whole = model.executor.hidden_states(y_in, plan, encoded)
+        prompt_len = 0 if encoded is None else 9
+        cache = ExecutorCache(model.config.n_layers_dec, 33, prompt_len)
+        states: list[torch.Tensor] = []
         for end in (7, 8, 9, 14, 24):
-            begin = sum(r.shape[1] for r in read)
-            read.append(
-                model.executor.read(
-                    y_in[:, begin:end], plan, memory, cache, places[:, begin:end], y_in[:, :begin]
+            begin = sum(s.shape[1] for s in states)
+            states.append(
+                model.executor.hidden_states(
+                    y_in[:, begin:end], plan, encoded, cache, chars[:, begin:end], y_in[:, :begin]
                 )
             )
-        close(torch.cat(read, 1), whole)
+        close(torch.cat(states, 1), whole)
 
 
-def test_what_is_too_long_ago_or_padding_is_no_past() -> None:
+def test_counts_use_recent_bytes_only_and_no_padding() -> None:
     model = random_model(recent_len=20)
     prompt, y, others = tokens(2, 9), tokens(2, 13, seed=1), tokens(2, 20, seed=2)
     y_in, y_out = y[:, :-1], y[:, 1:]
-    past = torch.cat((others[:, :10], y[:, 1:11], others[:, 10:]), 1)
+    preceding = torch.cat((others[:, :10], y[:, 1:11], others[:, 10:]), 1)
 
-    def both(past: torch.Tensor) -> torch.Tensor:
+    def both(preceding: torch.Tensor) -> torch.Tensor:
         plan, _ = model.planner(prompt)
-        cost = model.nats(prompt, y_in, y_out, past=past).mixed
-        logits = model.executor(y_in, plan, past=past)
-        close(-logits.gather(2, y_out[..., None]).sum((1, 2)), cost)
+        cost = model.nll(prompt, y_in, y_out, preceding_ids=preceding).mixture
+        log_probs = model.executor(y_in, plan, preceding_ids=preceding)
+        close(-log_probs.gather(2, y_out[..., None]).sum((1, 2)), cost)
         return cost
 
-    cost = both(past[:, -20:])
-    close(both(past), cost)
-    close(both(torch.cat((torch.full((2, 5), PAD), past[:, -20:]), 1)), cost)
-    assert (both(past[:, -10:]) - cost).abs().max() > 1e-3
+    cost = both(preceding[:, -20:])
+    close(both(preceding), cost)
+    close(both(torch.cat((torch.full((2, 5), PAD), preceding[:, -20:]), 1)), cost)
+    assert (both(preceding[:, -10:]) - cost).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("gumbel", [True, False])
@@ -242,24 +236,24 @@ def test_the_plan_reaches_every_logit(gumbel: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_bag_is_what_the_plan_alone_foretells(kind: dict[str, object]) -> None:
+def test_the_bag_of_words_loss_depends_on_the_plan_only(kind: dict[str, object]) -> None:
     model = random_model(**kind)
     prompt, y = tokens(3, 9), tokens(3, 13, seed=1)
     prompt[1, 6:] = PAD
-    bag = model.nats(prompt, y[:, :-1], y[:, 1:]).bag
-    close(model.nats(prompt, y[:, :3], y[:, 1:4]).bag, bag)
+    bow = model.nll(prompt, y[:, :-1], y[:, 1:]).plan_bow
+    close(model.nll(prompt, y[:, :3], y[:, 1:4]).plan_bow, bow)
     executor = model.executor
     plan = executor.from_plan(model.planner(prompt)[0]) + executor.tok_emb.weight[PLAN]
-    x, angles = executor.positions(plan[:, None])
+    x, freqs_cis = executor.positions(plan[:, None], slice(0, 1))
     for block in executor.blocks:
-        x = block(x, angles)
+        x = block(x, freqs_cis)
     log_p = executor.lm_head(executor.norm(x))[:, 0].log_softmax(-1)
-    for row, n, cost in zip(range(3), (9, 6, 9), bag, strict=True):
+    for row, n, cost in zip(range(3), (9, 6, 9), bow, strict=True):
         close(-log_p[row, prompt[row, :n]].mean(), cost)
 
 
-def test_memory_is_read_only_where_allowed() -> None:
-    model = random_model(memory=True)
+def test_cross_attention_reads_only_where_allowed() -> None:
+    model = random_model(cross_attention=True)
     prompt, y_in = tokens(2, 9), tokens(2, 5)
     reads = torch.tensor([True, False])
     some, none = model(prompt, y_in, reads)[0], model(prompt, y_in)[0]
@@ -285,16 +279,16 @@ def test_codebook(hard: bool) -> None:
         assert p.grad is not None and p.grad.abs().sum() > 0
 
 
-def test_a_new_model_predicts_all_bytes_alike() -> None:
+def test_a_new_model_is_uniform() -> None:
     """Residual outputs and lm_head start at zero: the function starts at uniform."""
     logits, _ = HRMModel(CONFIG)(tokens(2, 9), tokens(2, 5))
     close(logits, torch.full_like(logits, -math.log(VOCAB_SIZE)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_planners_blocks_learn_where_their_states_may_be_read(dtype: torch.dtype) -> None:
-    model = random_model(memory=True, gumbel=True)
-    torch.nn.init.zeros_(model.executor.from_plan.weight)  # so that the way is through the states
+def test_the_planners_blocks_learn_only_through_cross_attention(dtype: torch.dtype) -> None:
+    model = random_model(cross_attention=True, gumbel=True)
+    torch.nn.init.zeros_(model.executor.from_plan.weight)  # the plan has no effect
     blocks = list(model.planner.blocks.parameters())
     rest = [p for p in model.parameters() if all(p is not q for q in blocks)]
     for reads, learn in ((None, False), (torch.tensor([True, False, True]), True)):
@@ -336,15 +330,13 @@ def test_too_many_positions_are_refused() -> None:
     ],
     ids=str,
 )
-def test_configs_that_cannot_be(wrong: dict[str, object]) -> None:
+def test_invalid_configs_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(HRMError):
         HRMConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_the_cpus_products_are_the_kernels_attention() -> None:
+def test_attention_by_products_equals_the_fused_kernel() -> None:
     """In training on a CPU attention is computed by plain products, without gradients by SDPA."""
-    from hrm_esp.layers import attention
-
     q, k, v = torch.randn(3, 2, 4, 300, 8)
     mask = torch.rand(2, 1, 1, 300) < 0.5
     for m, causal in ((None, True), (None, False), (mask, False)):
@@ -360,5 +352,5 @@ def test_sizes(size: str, millions: float) -> None:
     from hrm_esp.config import SIZES
 
     with torch.device("meta"):
-        n = HRMModel(HRMConfig(**SIZES[size], memory=True)).n_parameters()  # type: ignore[arg-type]
+        n = HRMModel(HRMConfig(**SIZES[size], cross_attention=True)).n_parameters()  # type: ignore[arg-type]
     assert n == pytest.approx(1e6 * millions, rel=0.15)

@@ -1,4 +1,4 @@
-"""What is said of plans, on models of the command's own."""
+"""Reports about plans, on models that the command trained."""
 
 import itertools
 from pathlib import Path
@@ -9,18 +9,18 @@ from conftest import TEXT, Run, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_esp.plans import closest, label_points, plans_of, report
-from hrm_esp.plot import figure
+from hrm_esp.analysis.plans import compute_plans, label_points, report, report_neighbours
+from hrm_esp.analysis.plot import figure
 
 
 def test_each_text_has_the_code_of_its_plan() -> None:
     model = random_model(gumbel_hard=True)
     texts = TEXT.split("\n")
-    plans = plans_of(model, texts)
-    assert model.planner.codebook is not None and plans.choices is not None
+    plans = compute_plans(model, texts)
+    assert model.planner.codebook is not None and plans.code_probs is not None
     codes = model.planner.codebook.codes.detach().numpy()
-    for vector, choice in zip(plans.vectors, plans.choices, strict=True):
-        np.testing.assert_allclose(vector, codes[choice.argmax(-1)], rtol=1e-5)
+    for vector, probs in zip(plans.vectors, plans.code_probs, strict=True):
+        np.testing.assert_allclose(vector, codes[probs.argmax(-1)], rtol=1e-5)
     lines = list(report(plans))
     shares = [float(line.split()[-1][:-1]) for line in lines if line.startswith("\ncode ")]
     assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares))
@@ -28,11 +28,11 @@ def test_each_text_has_the_code_of_its_plan() -> None:
 
 def test_a_text_is_closest_to_itself() -> None:
     model = random_model(gumbel=False)
-    plans = plans_of(model, ["uno dos", "El mar", "uno dos", "La casa azul"])
-    lines = list(closest(plans))
+    plans = compute_plans(model, ["uno dos", "El mar", "uno dos", "La casa azul"])
+    lines = list(report_neighbours(plans))
     assert lines[1].split() == ["1.00", "uno", "dos", "~", "uno", "dos"]
     assert len(lines) == 5
-    assert len(list(report(plans_of(model, ["solo"])))) == 1
+    assert len(list(report(compute_plans(model, ["solo"])))) == 1
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 10))

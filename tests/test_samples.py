@@ -2,7 +2,7 @@ import unicodedata
 
 from number_words import sample, words
 
-from hrm_esp.cli import NUMBERS, SAMPLES, STORIES
+from hrm_esp.cli.commands import NUMBERS, SAMPLES, STORIES
 
 HELD_OUT = SAMPLES / "numeros.held_out.tsv"
 

@@ -1,4 +1,4 @@
-"""How a byte is chosen, against plain references."""
+"""Sampling, compared with plain references."""
 
 import math
 
@@ -7,13 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_esp.errors import HRMError
-from hrm_esp.sampling import AFTER, ALLOWED, Sampling, draw, probabilities, sharpened
+from hrm_esp.generation.sampling import (
+    UTF8_ALLOWED,
+    UTF8_NEXT_STATE,
+    SamplingParams,
+    draft_sampling_probs,
+    sample,
+    sampling_probs,
+)
 from hrm_esp.tokenizer import EOS
 
 
-def test_the_automaton_is_that_of_utf8() -> None:
-    """Every code point is reachable, in a room that fits, and nothing else is."""
+def test_the_automaton_accepts_exactly_utf8() -> None:
+    """Every code point is accepted where it fits, and nothing else is."""
     for code in (*range(0x900), *range(0xD700, 0xE100), *range(0xFFFF, 0x10FFFF, 977), 0x10FFFF):
         try:
             data = chr(code).encode()
@@ -24,29 +30,29 @@ def test_the_automaton_is_that_of_utf8() -> None:
             valid = True
         state, reachable = 0, True
         for i, byte in enumerate(data):
-            reachable &= bool(ALLOWED[state, min(4, len(data) - i), byte])
-            state = int(AFTER[state, byte])
+            reachable &= bool(UTF8_ALLOWED[state, min(4, len(data) - i), byte])
+            state = int(UTF8_NEXT_STATE[state, byte])
         assert reachable == valid
-        assert not valid or (state == 0 and not ALLOWED[0, len(data) - 1, data[0]])
-    assert not ALLOWED[1:, :, EOS].any() and ALLOWED[0, :, EOS].all()
-    assert not ALLOWED[:, :, [256, 257, 259]].any()
+        assert not valid or (state == 0 and not UTF8_ALLOWED[0, len(data) - 1, data[0]])
+    assert not UTF8_ALLOWED[1:, :, EOS].any() and UTF8_ALLOWED[0, :, EOS].all()
+    assert not UTF8_ALLOWED[:, :, [256, 257, 259]].any()
 
 
-def reference(logits: list[float], how: Sampling) -> list[float]:
-    """One row by the book: temperature, top-k, top-p, min-p, one after another."""
+def reference(logits: list[float], params: SamplingParams) -> list[float]:
+    """One row, step by step: temperature, top-k, top-p, min-p."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
-    if how.temperature == 0:
+    if params.temperature == 0:
         order = order[:1]
-    if how.top_k:
-        order = order[: how.top_k]
-    warm = how.temperature or 1.0
+    if params.top_k:
+        order = order[: params.top_k]
+    warm = params.temperature or 1.0
     weights = {i: math.exp((logits[i] - logits[order[0]]) / warm) for i in order}
     total, kept = 0.0, {}
     for i in order:
-        if total < how.top_p * sum(weights.values()):
+        if total < params.top_p * sum(weights.values()):
             kept[i] = weights[i]
         total += weights[i]
-    kept = {i: w for i, w in kept.items() if w >= how.min_p * max(kept.values())}
+    kept = {i: w for i, w in kept.items() if w >= params.min_p * max(kept.values())}
     return [kept.get(i, 0) / sum(kept.values()) for i in range(len(logits))]
 
 
@@ -57,13 +63,13 @@ def reference(logits: list[float], how: Sampling) -> list[float]:
     st.sampled_from([0.001, 0.5, 0.93, 1.0]),
     st.sampled_from([0.0, 0.01, 0.3, 1.0]),
 )
-def test_probabilities_are_those_of_the_reference(
+def test_sampling_probs_equal_the_reference(
     tenths: list[int], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = [t / 10 for t in tenths]
-    found = probabilities(np.array([logits, logits[::-1]], np.float32), how)
-    np.testing.assert_allclose(found[0], reference(logits, how), rtol=1e-4, atol=1e-9)
+    found = sampling_probs(np.array([logits, logits[::-1]], np.float32), params)
+    np.testing.assert_allclose(found[0], reference(logits, params), rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(found[1], found[0][::-1])
 
 
@@ -72,48 +78,28 @@ def test_probabilities_are_those_of_the_reference(
     st.sampled_from([0.0, 0.3, 0.8, 1.0, 50.0]),
     st.sampled_from([0, 4]),
 )
-def test_a_few_are_sharpened_as_all_are(masses: list[int], temperature: float, top_k: int) -> None:
-    how = Sampling(temperature=temperature, top_k=top_k)
-    expected = probabilities(np.log(masses).astype(np.float32), how)
-    np.testing.assert_allclose(sharpened(masses, how), expected, rtol=1e-4, atol=1e-9)
+def test_draft_sampling_probs_equal_sampling_probs(
+    masses: list[int], temperature: float, top_k: int
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k)
+    expected = sampling_probs(np.log(masses).astype(np.float32), params)
+    np.testing.assert_allclose(draft_sampling_probs(masses, params), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_what_is_forbidden_is_never_chosen() -> None:
+def test_disallowed_tokens_have_probability_zero() -> None:
     logits = np.array([-np.inf, -200.0, -np.inf, -300.0], np.float32)
     for temperature in (0.0, 1e-30, 1.0, 1e9):
-        p = probabilities(logits, Sampling(temperature=temperature))
+        p = sampling_probs(logits, SamplingParams(temperature=temperature))
         assert p[[0, 2]].tolist() == [0, 0] and p.sum() == pytest.approx(1)
 
 
-def test_draws_follow_the_weights() -> None:
+def test_samples_follow_the_weights() -> None:
     """A chi-square test at p = 0.0001 on 20,000 draws, with a fixed seed."""
     from scipy.stats import chisquare
 
     weights, n = np.array([0.0, 3.0, 0.0, 1.0, 0.5, 0.0]), 20_000
-    chosen = [draw(weights, u) for u in np.random.default_rng(0).random(n)]
+    chosen = [sample(weights, u) for u in np.random.default_rng(0).random(n)]
     count = np.bincount(chosen, minlength=6)
     assert (count[weights == 0] == 0).all()
     assert chisquare(count[weights > 0], n * weights[weights > 0] / 4.5).pvalue > 1e-4
-    assert draw(weights, 0.0) == 1 and draw(weights, math.nextafter(1, 0)) == 4
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -1.0},
-        {"temperature": math.nan},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"min_p": -0.1},
-        {"min_p": 1.1},
-        {"max_new_tokens": 0},
-        {"min_new_tokens": -1},
-        {"min_new_tokens": 9, "max_new_tokens": 8},
-        {"stop": (b"",)},
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
-    with pytest.raises(HRMError):
-        Sampling(**wrong)  # type: ignore[arg-type]
+    assert sample(weights, 0.0) == 1 and sample(weights, math.nextafter(1, 0)) == 4

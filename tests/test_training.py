@@ -12,29 +12,19 @@ from conftest import CONFIG, PAIRS, TEXT, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_esp import optim, progress, trainer
-from hrm_esp.checkpoint import Checkpoint, load_checkpoint, load_model
 from hrm_esp.cli import main
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
-from hrm_esp.errors import HRMError, PeerLost
-from hrm_esp.evaluation import PairScore, evaluate
-from hrm_esp.model import HRMModel, Nats
-from hrm_esp.optim import (
-    Parameters,
-    build_optimizers,
-    learning_rate,
-)
-from hrm_esp.progress import perplexity
-from hrm_esp.trainer import (
-    Interrupted,
-    Score,
-    Trainer,
-    codebook_penalty,
-    even_shares,
-    is_worse,
-)
-from hrm_esp.training import begin_anew, model_to_finetune, train_ft, train_lm
+from hrm_esp.errors import HRMError, Interrupted, PeerLost
+from hrm_esp.evaluation import PairScore, evaluate, perplexity
+from hrm_esp.model import HRMModel, LossTerms
+from hrm_esp.training import Trainer, metrics_log, optim, train_ft, train_lm, trainer
+from hrm_esp.training.checkpoint import Checkpoint, load_checkpoint, load_model
+from hrm_esp.training.early_stopping import Score, is_worse
+from hrm_esp.training.finetune import model_to_finetune, reinitialize_blocks
+from hrm_esp.training.loss import code_balance_loss, sinkhorn_assignment
+from hrm_esp.training.optim import Parameters, build_optimizers
+from hrm_esp.training.schedule import learning_rate
 
 
 @pytest.fixture
@@ -59,7 +49,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_training_learns_and_says_so_honestly(corpus: Path, tmp_path: Path) -> None:
+def test_training_learns_and_scores_honestly(corpus: Path, tmp_path: Path) -> None:
     alone = replace(CONFIG, count_max=0)
     short = train_lm(corpus, alone, options(tmp_path / "a", steps=2))
     long = train_lm(corpus, alone, options(tmp_path / "b", steps=120))
@@ -85,7 +75,7 @@ def test_the_files_of_a_run(corpus: Path, tmp_path: Path) -> None:
     assert same(weights(tmp_path / "run" / "pretrain_epoch5.pt"), last.weights)
 
 
-def test_the_same_seed_is_the_same_run_and_another_is_not(corpus: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_run(corpus: Path, tmp_path: Path) -> None:
     a, b, c = (
         train_lm(corpus, CONFIG, options(tmp_path / str(i), seed=seed)).last
         for i, seed in enumerate((1, 1, 2))
@@ -97,7 +87,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(corpus: Path, tmp_path
 def test_resumed_equals_uninterrupted(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    """Stopped in the second epoch, by the signal a cluster sends; dropout and Gumbel noise on."""
+    """Stopped in the second epoch by SIGTERM; dropout and Gumbel noise are on."""
     config = replace(CONFIG, dropout=0.2)
     keywords = {"steps": 20, "optimizer": optimizer, "grad_accum": 2, "batch_size": 2}
     whole = train_lm(corpus, config, options(tmp_path / "whole", **keywords))
@@ -116,8 +106,8 @@ def test_resumed_equals_uninterrupted(
 def test_the_log_has_each_step_once(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the run was stopped later than its state was saved, in the middle of a line."""
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    """Also if the run was stopped in the middle of a line, after its state was saved."""
+    monkeypatch.setattr(metrics_log, "LOG_SECONDS", 0.0)
     log = tmp_path / "run" / "metrics.jsonl"
     signals = chain([False] * 8, repeat(True))
     with monkeypatch.context() as patch:
@@ -136,7 +126,7 @@ def test_the_log_has_each_step_once(
     assert [line["step"] for line in pretrain if "val_bpb" in line] == list(range(2, 17, 2))
     assert set().union(*pretrain) == {
         "stage", "step", "bytes_seen", "seconds", "train_bpb", "val_bpb", "lr", "grad_norm",
-        "bytes_per_second", "codes", "skipped",
+        "bytes_per_second", "code_perplexity", "skipped_steps",
     }  # fmt: skip
     finetune = [line for line in lines if line["stage"] == "finetune"]
     assert any("val_exact_match" in line for line in finetune)
@@ -169,8 +159,8 @@ def test_resuming_something_else_is_refused(corpus: Path, tmp_path: Path) -> Non
         train_lm(corpus, CONFIG, options(tmp_path / "run", resume=True))
 
 
-def test_what_is_scored_is_not_trained_on(corpus: Path, tmp_path: Path) -> None:
-    """Also where the user names a file that is among the others."""
+def test_held_out_files_are_not_trained_on(corpus: Path, tmp_path: Path) -> None:
+    """Also if --val names one of the files of the corpus."""
     (tmp_path / "val.txt").write_text("el perro y el gato\n" * 9, encoding="utf-8")
     for val in (tmp_path / "val.txt", None):
         train_lm([tmp_path], CONFIG, options(tmp_path / f"run{val is None}", steps=1), val=val)
@@ -180,7 +170,7 @@ def test_what_is_scored_is_not_trained_on(corpus: Path, tmp_path: Path) -> None:
         train_lm(corpus, CONFIG, options(tmp_path / "no"), val=corpus)
 
 
-def test_a_run_that_cannot_save_does_not_cost_the_one_it_replaces(
+def test_a_run_that_cannot_save_keeps_the_files_of_the_overwritten_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train_lm(corpus, CONFIG, options(tmp_path / "run"))
@@ -189,18 +179,18 @@ def test_a_run_that_cannot_save_does_not_cost_the_one_it_replaces(
     def no_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Trainer, "step", no_memory)
+    monkeypatch.setattr(Trainer, "train_step", no_memory)
     with pytest.raises(MemoryError):
         train_lm(corpus, CONFIG, options(tmp_path / "run", overwrite=True))
     assert {p.name: p.read_bytes() for p in first.last.parent.glob("*.pt")} == before
 
 
-def test_a_run_is_not_overwritten_unasked(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_is_overwritten_only_if_asked(corpus: Path, tmp_path: Path) -> None:
     first = train_lm(corpus, CONFIG, options(tmp_path / "run", epochs=2))
     before = first.last.read_bytes()
     with pytest.raises(HRMError, match="--overwrite"):
         train_lm(corpus, CONFIG, options(tmp_path / "run"))
-    # Not even then, if the new run cannot begin.
+    # With --overwrite too, if the new run cannot begin.
     with pytest.raises(HRMError):
         train_lm(tmp_path / "missing.txt", CONFIG, options(tmp_path / "run", overwrite=True))
     assert first.last.read_bytes() == before
@@ -212,46 +202,46 @@ def test_finetuning_starts_from_the_same_function(corpus: Path) -> None:
     model = random_model()
     start = Checkpoint(model.config, model.state_dict(), "pretrain")
     tuned = model_to_finetune(start, FinetuneConfig()).eval()
-    assert tuned.config.memory
+    assert tuned.config.cross_attention
     prompt, y_in = torch.randint(0, 256, (2, 3, 9))
     reads = torch.ones(3, dtype=torch.bool)
     torch.testing.assert_close(tuned(prompt, y_in, reads)[0], model(prompt, y_in)[0])
     with_plan = model_to_finetune(start, FinetuneConfig(context="plan"))
-    assert not with_plan.config.memory and with_plan.config.dropout == 0.2
+    assert not with_plan.config.cross_attention and with_plan.config.dropout == 0.2
     assert not model_to_finetune(start, FinetuneConfig(gumbel=False)).config.gumbel
     memory = Checkpoint(tuned.config, tuned.state_dict(), "finetune")
-    assert model_to_finetune(memory, FinetuneConfig()).config.memory
-    with pytest.raises(HRMError, match="--context memory"):
+    assert model_to_finetune(memory, FinetuneConfig()).config.cross_attention
+    with pytest.raises(HRMError, match="--context cross_attention"):
         model_to_finetune(memory, FinetuneConfig(context="plan"))
-    restoring = random_model(memory=True)
+    restoring = random_model(cross_attention=True)
     start = Checkpoint(restoring.config, restoring.state_dict(), "pretrain")
     with_plan = model_to_finetune(start, FinetuneConfig(context="plan")).eval()
-    assert not with_plan.config.memory
+    assert not with_plan.config.cross_attention
     torch.testing.assert_close(with_plan(prompt, y_in)[0], restoring(prompt, y_in)[0])
 
 
-def test_blocks_that_begin_anew() -> None:
-    """Their output is nothing at first; what else was learned, cross attention too, stays."""
-    model = random_model(memory=True)
-    met = ("planner.codebook.last_pooled", "executor.counts.trust")
-    for name in met:
+def test_reinitialized_blocks() -> None:
+    """Their output is zero; all other weights, cross-attention too, stay."""
+    model = random_model(cross_attention=True)
+    statistics = ("planner.codebook.pooled_queue", "executor.ngrams.gate_means.sums")
+    for name in statistics:
         model.state_dict()[name].fill_(1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    begin_anew(model)
+    reinitialize_blocks(model)
     for name, weight in model.state_dict().items():
-        own = (".blocks." in name and "cross" not in name) or name in met
+        own = (".blocks." in name and "cross" not in name) or name in statistics
         assert weight.equal(before[name]) != own, name
-        if own and ("out" in name or name in met):
+        if own and ("out" in name or name in statistics):
             assert not weight.any(), name
 
 
-def test_blocks_are_kept_for_text_and_begin_anew_for_answers_of_another_kind(
+def test_blocks_are_kept_for_text_and_reinitialized_for_other_targets(
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As the command says; what it saves after a step tells whether it did."""
+    """As the command says; the checkpoint after a step tells whether it did."""
     monkeypatch.chdir(tmp_path)
     lines = TEXT.splitlines()
     pairs = {
@@ -262,13 +252,13 @@ def test_blocks_are_kept_for_text_and_begin_anew_for_answers_of_another_kind(
     start = trained / "checkpoints" / "pretrain_best.pt"
     for name, rows in pairs.items():
         (tmp_path / f"{name}.tsv").write_text(rows, encoding="utf-8")
-    for i, (name, flags, anew) in enumerate(
+    for i, (name, flags, reinitialized) in enumerate(
         (
             ("restored", (), False),
             ("other", (), True),
             ("text", (), False),
-            ("other", ("--blocks", "keep"), False),
-            ("restored", ("--blocks", "new"), True),
+            ("other", ("--reinit_blocks", "never"), False),
+            ("restored", ("--reinit_blocks", "always"), True),
             ("other", ("--context", "plan"), False),
             ("other", ("--no_gumbel",), True),
         )
@@ -277,16 +267,16 @@ def test_blocks_are_kept_for_text_and_begin_anew_for_answers_of_another_kind(
         status = main([str(arg) for arg in (*args, "--out_dir", i, *flags)])
         said = capsys.readouterr().err
         assert status == 0, said
-        assert ("begin anew" in said) == anew, (name, flags)
+        assert ("reinitializing" in said) == reinitialized, (name, flags)
         learned = weights(tmp_path / str(i) / "finetune_last.pt")[
             "executor.blocks.0.ffn.out.weight"
         ]
-        assert (learned.norm() < 1e-3) == anew, (name, flags)
-        if anew:
+        assert (learned.norm() < 1e-3) == reinitialized, (name, flags)
+        if reinitialized:
             assert weights(start)["executor.blocks.0.ffn.out.weight"].norm() > 0.1
 
 
-@pytest.mark.parametrize("context", ["memory", "plan"])
+@pytest.mark.parametrize("context", ["cross_attention", "plan"])
 def test_finetuning_learns_from_the_prompt(corpus: Path, tmp_path: Path, context: str) -> None:
     start = train_lm(corpus, CONFIG, options(tmp_path / "run", steps=30))
     tuning = FinetuneConfig(
@@ -296,7 +286,7 @@ def test_finetuning_learns_from_the_prompt(corpus: Path, tmp_path: Path, context
     score = evaluate(load_model(result.last), tmp_path / "pairs.tsv")
     assert isinstance(score, PairScore) and score.exact_match
     assert score.exact_match > 0.85  # by chance: 0.5
-    assert load_checkpoint(result.best).config.memory == (context == "memory")
+    assert load_checkpoint(result.best).config.cross_attention == (context == "cross_attention")
     assert load_checkpoint(result.best).stage == "finetune"
 
 
@@ -305,14 +295,14 @@ def test_the_loss_is_on_the_target_alone() -> None:
     data = TSVDataset([Pair(b"preg", b"resp"), Pair(b"solo", b"solo", lm=True)], 32)
     batch = data.collate(data.pairs)
     assert bytes(batch.y_out[0, :4].tolist()) == b"resp" and batch.y_out[0, 4] == 258
-    assert batch.reads_memory is not None and batch.reads_memory.tolist() == [True, False]
+    assert batch.cross_attends is not None and batch.cross_attends.tolist() == [True, False]
     assert (
         batch.prompt_ids[1, 1:] == 256
     ).all()  # a row without a target shows the Planner nothing
 
 
-def test_which_optimizer_has_which_parameters() -> None:
-    model = random_model(memory=True)
+def test_each_parameter_has_one_optimizer() -> None:
+    model = random_model(cross_attention=True)
     parameters = Parameters.of(model)
     names = {id(p): n for n, p in model.named_parameters()}
     for p in parameters.blocks:
@@ -334,8 +324,8 @@ def test_which_optimizer_has_which_parameters() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_muon_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """With its polynomials: in bfloat16 to the bit; in float32 but for the rounding."""
+def test_muon_equals_pytorchs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """With PyTorch's polynomials: to the bit in bfloat16, up to rounding in float32."""
     monkeypatch.setattr(optim, "choose_precision", lambda _: dtype)
     monkeypatch.setattr(optim, "POLAR_EXPRESS", [(3.4445, -4.775, 2.0315)] * 5)
     monkeypatch.setattr(optim, "MARGIN", 1.0)
@@ -359,9 +349,9 @@ def test_orthogonalized_keeps_directions_and_evens_out_their_lengths() -> None:
     v, _ = torch.linalg.qr(torch.randn(8, 8))
     x = u @ torch.diag(torch.logspace(0, -1.3, 8)) @ v.T
     for matrix, left, right in ((x, u, v), (x.T, v, u)):
-        lengths = torch.diag(left.T @ optim.orthogonalized(matrix).float() @ right)
+        lengths = torch.diag(left.T @ optim.orthogonalize(matrix).float() @ right)
         assert lengths.min() > 0.15 and lengths.max() < 2.1
-        rest = left.T @ optim.orthogonalized(matrix).float() @ right - torch.diag(lengths)
+        rest = left.T @ optim.orthogonalize(matrix).float() @ right - torch.diag(lengths)
         assert rest.abs().max() < 0.1
 
 
@@ -373,71 +363,70 @@ def test_warm_up_stable_decay() -> None:
     assert learning_rate(run, 500, 1.0) == 0.0
 
 
-def test_the_penalty_wants_even_use_and_sure_choices() -> None:
+def test_the_balance_loss_wants_even_use_and_sure_choices() -> None:
     sure_and_even = 50.0 * torch.eye(4).repeat(2, 1)
     sure_and_same = 50.0 * torch.eye(4)[:1].repeat(8, 1)
     blurred = torch.zeros(8, 4)
-    assert codebook_penalty(sure_and_even) == pytest.approx(0, abs=1e-4)
-    assert codebook_penalty(blurred) == pytest.approx(math.log(4), abs=1e-4)
-    assert codebook_penalty(sure_and_same) > 5
+    assert code_balance_loss(sure_and_even) == pytest.approx(0, abs=1e-4)
+    assert code_balance_loss(blurred) == pytest.approx(math.log(4), abs=1e-4)
+    assert code_balance_loss(sure_and_same) > 5
 
 
 @given(st.integers(2, 9), st.integers(0, 99))
-def test_rows_that_all_like_one_code_are_dealt_out_evenly(n: int, seed: int) -> None:
+def test_sinkhorn_assigns_rows_evenly(n: int, seed: int) -> None:
     logits = 0.5 * torch.randn(64, n, generator=torch.Generator().manual_seed(seed))
     logits[..., 0] += 5
-    shares = even_shares(logits)
+    shares = sinkhorn_assignment(logits)
     torch.testing.assert_close(shares.sum(-1), torch.ones(64))
     torch.testing.assert_close(shares.mean(0), torch.full((n,), 1 / n), rtol=0.05, atol=0)
 
 
-def test_a_plan_that_all_texts_share_is_told_apart_by_all_codes() -> None:
-    """From nearly equal pooled states, all in a few directions, to even use of every code."""
+def test_similar_plans_come_to_use_all_codes() -> None:
+    """Pooled states that are nearly equal, and vary in a few directions only."""
     chance = torch.Generator().manual_seed(0)
     model = HRMModel(replace(CONFIG, gumbel=True, n_plan_codes=8))
     codebook = model.planner.codebook
     assert codebook is not None
     d = CONFIG.d_model
     pooled = torch.randn(256, 4, generator=chance) @ torch.randn(4, d, generator=chance)
-    codebook.met.append(100 + pooled)
-    codebook.remember()
+    codebook.update_queue([100 + pooled])
 
-    def in_use() -> float:
-        logits = model.planner.last_logits()
+    def n_used() -> float:
+        logits = model.planner.queue_logits()
         assert logits is not None
         return perplexity(F.one_hot(logits.argmax(-1), 8).sum(0).float())
 
     optimizer = torch.optim.Adam([model.planner.to_plan.weight, codebook.codes], lr=6e-3)
     for _ in range(100):
         optimizer.zero_grad()
-        logits = model.planner.last_logits()
+        logits = model.planner.queue_logits()
         assert logits is not None
-        codebook_penalty(logits).backward()
+        code_balance_loss(logits).backward()
         optimizer.step()
-    assert in_use() > 7.5
+    assert n_used() > 7.5
     assert logits.softmax(-1).amax(-1).mean() > 0.5
 
 
-def test_a_plan_comes_to_say_which_bytes_were_read(tmp_path: Path) -> None:
-    """Of lines of eight letters or of eight digits: a token costs 3 bits, or 4 if it is not known
-    which. What is written next tells the plan little of it."""
+def test_a_plan_learns_to_predict_the_bytes_of_its_text(tmp_path: Path) -> None:
+    """Lines of eight letters or of eight digits: a token costs 3 bits, or 4 if the kind of line is
+    unknown."""
     chance = np.random.default_rng(0)
     kinds = chance.choice(("abcdefgh", "01234567"), 400)
     lines = ["".join(chance.choice(list(kind), 63)) for kind in kinds]
     (tmp_path / "corpus.txt").write_text("\n".join(lines))
     config = replace(CONFIG, gumbel=True, max_len=64)
-    how = options(tmp_path / "run", steps=60, planner_view="previous")
-    done = train_lm(tmp_path / "corpus.txt", config, how)
+    params = options(tmp_path / "run", steps=60, planner_input="previous")
+    done = train_lm(tmp_path / "corpus.txt", config, params)
     ids = torch.tensor([list(line.encode()) for line in lines[:40]])
-    bag = load_model(done.last).nats(ids, ids[:, :1], ids[:, 1:2]).bag / math.log(2)
-    assert bag.mean() < 3.4
+    bow = load_model(done.last).nll(ids, ids[:, :1], ids[:, 1:2]).plan_bow / math.log(2)
+    assert bow.mean() < 3.4
 
 
 @pytest.mark.parametrize("gumbel", [True, False])
-def test_a_step_that_a_lost_process_cut_short_leaves_nothing_behind(
+def test_a_step_cut_short_by_a_lost_process_changes_nothing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gumbel: bool
 ) -> None:
-    config, clip, calls = replace(CONFIG, gumbel=gumbel), Trainer.clip_gradient, iter(range(99))
+    config, clip, calls = replace(CONFIG, gumbel=gumbel), Trainer.clip_gradients, iter(range(99))
 
     def lost_once(self: Trainer) -> float:
         if next(calls) == 3:
@@ -446,7 +435,7 @@ def test_a_step_that_a_lost_process_cut_short_leaves_nothing_behind(
 
     whole = train_lm(corpus, config, options(tmp_path / "a"))
     with monkeypatch.context() as patch, pytest.raises(PeerLost):
-        patch.setattr(Trainer, "clip_gradient", lost_once)
+        patch.setattr(Trainer, "clip_gradients", lost_once)
         train_lm(corpus, config, options(tmp_path / "b"))
     part = train_lm(corpus, config, options(tmp_path / "b", resume=True))
     assert same(weights(whole.last), weights(part.last))
@@ -465,20 +454,20 @@ def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true, calls = HRMModel.nats, iter(range(1000))
+    true, calls = HRMModel.nll, iter(range(1000))
 
-    def sometimes_nan(*args: object, **keywords: object) -> Nats:
-        cost = true(*args, **keywords)  # type: ignore[arg-type]
-        return cost._replace(alone=cost.alone * (math.nan if next(calls) % 2 else 1.0))
+    def sometimes_nan(*args: object, **keywords: object) -> LossTerms:
+        terms = true(*args, **keywords)  # type: ignore[arg-type]
+        return terms._replace(network=terms.network * (math.nan if next(calls) % 2 else 1.0))
 
-    def infinite(*args: object, **keywords: object) -> Nats:
-        cost = true(*args, **keywords)  # type: ignore[arg-type]
-        return cost._replace(mixed=cost.mixed * math.inf)
+    def infinite(*args: object, **keywords: object) -> LossTerms:
+        terms = true(*args, **keywords)  # type: ignore[arg-type]
+        return terms._replace(mixture=terms.mixture * math.inf)
 
-    monkeypatch.setattr(HRMModel, "nats", sometimes_nan)
+    monkeypatch.setattr(HRMModel, "nll", sometimes_nan)
     result = train_lm(corpus, CONFIG, options(tmp_path / "a"))
     assert all(w.isfinite().all() for w in weights(result.last).values())
-    monkeypatch.setattr(HRMModel, "nats", infinite)
+    monkeypatch.setattr(HRMModel, "nll", infinite)
     with pytest.raises(HRMError, match="--lr"):
         train_lm(corpus, CONFIG, options(tmp_path / "b", steps=500))
 
@@ -497,47 +486,47 @@ def test_mixed_precision_trains_as_float32_does(
     assert mixed.score.bits_per_byte == pytest.approx(full.score.bits_per_byte, abs=0.15)
 
 
-MODEL_FLAGS = {
+MODEL_OPTIONS = {
     "d_model": 16, "n_heads": 4, "n_layers_enc": 2, "n_layers_dec": 1, "ff_mult": 2, "max_len": 16,
     "plan_dim": 8, "gumbel": False, "n_plan_codes": 5, "gumbel_hard": True,
     "ngram_max": 2, "ngram_bits": 5, "ngram_dropout": 0.0, "count_max": 5,
     "recent_len": 7, "dropout": 0.3, "positions": "learned",
 }  # fmt: skip
-TRAIN_FLAGS = {
+TRAIN_OPTIONS = {
     "steps": 3, "batch_size": 2, "grad_accum": 2, "lr": 1e-3, "optimizer": "adamw",
     "weight_decay": 0.9, "warmup": 1, "decay": 1.0, "grad_clip": 1e-3, "codebook_penalty": 3.0,
-    "precision": "bf16", "val_fraction": 0.5, "seed": 9, "planner_view": "previous", "grow": False,
+    "precision": "bf16", "val_fraction": 0.5, "seed": 9, "planner_input": "previous", "grow": False,
     "denoise": 0.99,
 }  # fmt: skip
 ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep", "sep",
-             "save_every", "resume", "overwrite", "memory", "sample_prompt"}  # fmt: skip
+             "save_every", "resume", "overwrite", "cross_attention", "sample_prompt"}  # fmt: skip
 
 
-def test_no_field_is_forgotten_below() -> None:
+def test_all_fields_are_listed_here() -> None:
     names = {f.name for config in (HRMConfig, PretrainConfig) for f in fields(config)}
-    assert names == MODEL_FLAGS.keys() | TRAIN_FLAGS.keys() | ELSEWHERE
+    assert names == MODEL_OPTIONS.keys() | TRAIN_OPTIONS.keys() | ELSEWHERE
 
 
-@pytest.mark.parametrize("name", [*MODEL_FLAGS, *TRAIN_FLAGS])
-def test_every_setting_changes_what_is_trained(corpus: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*MODEL_OPTIONS, *TRAIN_OPTIONS])
+def test_every_hyperparameter_changes_the_training(corpus: Path, tmp_path: Path, name: str) -> None:
     model, train = {}, {"steps": 2}
-    if name in MODEL_FLAGS:
-        model[name] = MODEL_FLAGS[name]
+    if name in MODEL_OPTIONS:
+        model[name] = MODEL_OPTIONS[name]
     else:
-        train[name] = TRAIN_FLAGS[name]
+        train[name] = TRAIN_OPTIONS[name]
     base = train_lm(corpus, CONFIG, options(tmp_path / "base", steps=2))
     other = train_lm(corpus, replace(CONFIG, **model), options(tmp_path / "other", **train))
     if model:
-        assert load_checkpoint(other.last).config == replace(CONFIG, memory=True, **model)
+        assert load_checkpoint(other.last).config == replace(CONFIG, cross_attention=True, **model)
     a, b = weights(base.last), weights(other.last)
     if {n: w.shape for n, w in a.items()} == {n: w.shape for n, w in b.items()}:
         assert not same(a, b)
 
 
-def test_a_run_past_its_best_ends_early_and_keeps_it(
+def test_a_run_past_its_best_ends_early_and_keeps_the_best(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Learning 30 lines by heart does not help with others."""
+    """Memorizing 30 lines does not help with others."""
     (tmp_path / "val.txt").write_text("Érase que se era un rey sin corona.\n" * 9, encoding="utf-8")
     runs = {}
     for patience in (0, 1):
@@ -559,10 +548,10 @@ def test_a_run_past_its_best_ends_early_and_keeps_it(
     [(Score(0.9, 0.1, 20), 12), (Score(0.6, 0.1, 20), 32), (Score(0.6, 0.1, 2000), 12)],
     ids=["clearly worse", "worse by chance", "worse by more"],
 )
-def test_the_best_has_the_most_right_answers_or_is_the_last(
+def test_the_best_checkpoint_has_the_most_right_answers_or_is_the_last(
     tmp_path: Path, last: Score, step: int
 ) -> None:
-    """The last, unless it is worse by more than chance."""
+    """The last one, unless it is worse by more than chance."""
     scores = [Score(0.5, 1.0), Score(0.5, 2.0), Score(0.5, 0.9), Score(0.6, 0.5), Score(0.5, 0.95)]
     given = iter([*scores, Score(0.9, 0.1), Score(0.9, 0.1), last])
     run = Trainer(
@@ -571,10 +560,10 @@ def test_the_best_has_the_most_right_answers_or_is_the_last(
         options(tmp_path / "run", steps=32, patience=0),
         stage="pretrain",
         data_id="",
-        score=lambda _: next(given),
+        validate=lambda _: next(given),
     )
     run.run()
-    assert load_checkpoint(run.path("best")).step == step
+    assert load_checkpoint(run.folder.checkpoint("best")).step == step
 
 
 @pytest.mark.parametrize(
@@ -583,12 +572,12 @@ def test_the_best_has_the_most_right_answers_or_is_the_last(
         (Score(None, 1.52), True),
         (Score(None, 1.505), False),
         (Score(0.14, 0.08, 200), True),
-        (Score(0.12, 0.08, 200), False),  # so many more of 200 are right or not by chance
+        (Score(0.12, 0.08, 200), False),  # within chance for 200 rows
         (Score(0.12, 0.08, 2000), True),
         (Score(0.20, 0.05, 200), False),
     ],
 )
-def test_worse_is_more_than_chance(score: Score, worse: bool) -> None:
+def test_worse_means_more_than_chance(score: Score, worse: bool) -> None:
     best = (None, 1.5) if score.errors is None else (0.11, 0.06)
     assert is_worse(score, *best) == worse
 
@@ -604,7 +593,7 @@ def test_a_codebook_alone_is_warned_about(
         assert ("--no_gumbel" in said) == gumbel and ("3 bits" in said) == gumbel
 
 
-def test_minutes_are_kept(corpus: Path, tmp_path: Path) -> None:
+def test_a_timed_run_takes_its_minutes(corpus: Path, tmp_path: Path) -> None:
     result = train_lm(corpus, CONFIG, options(tmp_path / "run", minutes=0.05))
     assert 3 <= result.seconds < 6 and result.steps > 1
 
@@ -624,16 +613,14 @@ def test_compiled_training_equals_eager(corpus: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(weights(compiled.last)[name], value, rtol=1e-2, atol=1e-3)
 
 
-def test_pretraining_teaches_the_planner_to_read_only_if_asked(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_pretraining_trains_the_planner_only_with_denoising(corpus: Path, tmp_path: Path) -> None:
     for denoise in (0.0, 0.5):
         given = options(tmp_path / str(denoise), steps=8, denoise=denoise)
         torch.manual_seed(given.seed)
-        start = HRMModel(replace(CONFIG, memory=denoise > 0)).state_dict()
+        start = HRMModel(replace(CONFIG, cross_attention=denoise > 0)).state_dict()
         path = train_lm(corpus, CONFIG, given).last
         trained = load_checkpoint(path)
-        assert trained.config.memory == (denoise > 0)
+        assert trained.config.cross_attention == (denoise > 0)
         moved = {n for n, w in trained.weights.items() if n in start and not w.equal(start[n])}
         for part in ("planner.blocks", "cross"):
             assert any(part in name for name in moved) == (denoise > 0)
@@ -641,6 +628,6 @@ def test_pretraining_teaches_the_planner_to_read_only_if_asked(
         assert train_ft(tmp_path / "pairs.tsv", path, tuning).steps == 1
 
 
-def test_windows_of_a_corpus_smaller_than_one() -> None:
+def test_a_window_of_a_corpus_that_is_smaller() -> None:
     batch = LMDataset(np.frombuffer(b"ab\n", dtype=np.uint8), 8).windows(np.array([0]))
     assert batch.y_out.tolist() == [[97, 98, 258, 97, 98, 258, 97, 98]]

@@ -53,7 +53,7 @@ class CorpusStats:
             yield "this does not look like Spanish: check --encoding"
         if self.has_licence:
             yield (
-                "the text includes Project Gutenberg's licence, in English: remove what is before "
+                "the licence of Project Gutenberg is part of the text: remove what is before "
                 "*** START and after *** END"
             )
         if self.bytes < n_parameters * MIN_BYTES_PER_WEIGHT:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..config import TrainConfig
+from ..config import TrainConfig, flag_name
 from ..console import print0
 from ..data import WHOLE, Batch, Shard
 from ..device import autocast, choose_precision, keep_freed_memory
@@ -407,7 +407,11 @@ class Trainer:
         """
         training = saved.training or {}
         old = training.get("fingerprint", {})
-        changed = [name for name, value in self.fingerprint.items() if old.get(name) != value]
+        changed = [
+            name if name == "data" else flag_name(self.options, name)
+            for name, value in self.fingerprint.items()
+            if old.get(name) != value
+        ]
         if saved.config != self.model.config:
             changed.append("the model")
         if changed:

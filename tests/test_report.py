@@ -1,4 +1,4 @@
-"""What is said of a corpus, against counting by hand."""
+"""Statistics and warnings about a corpus, compared with counting by hand."""
 
 import textwrap
 from pathlib import Path
@@ -9,8 +9,7 @@ from conftest import SMALL, TEXT, Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_esp import corpus
-from hrm_esp.corpus import CorpusStats, look_at
+from hrm_esp.data import CorpusStats, corpus_stats, report
 
 LINES = [line for line in TEXT.split("\n") for _ in (0, 1)]
 BOOK = "\n\n".join(textwrap.fill(" ".join(LINES[i : i + 9]), 70) for i in range(0, len(LINES), 2))
@@ -21,17 +20,18 @@ def stream(text: str) -> np.ndarray:
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=30), min_size=1, max_size=30), st.integers(1, 9))
-def test_documents_are_counted_in_pieces_of_any_size(lines: list[str], chunk: int) -> None:
+def test_documents_are_counted_in_chunks_of_any_size(lines: list[str], chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK", chunk)
-        found = look_at(stream("\n".join(lines) + "\n"))
+        patch.setattr(report, "CHUNK_BYTES", chunk)
+        found = corpus_stats(stream("\n".join(lines) + "\n"))
     lengths = sorted(map(len, lines))
     assert (found.documents, found.longest) == (len(lines), lengths[-1])
     assert found.median == lengths[(len(lines) - 1) // 2]
 
 
 def warned(text: str, n_parameters: int = 100) -> set[str]:
-    return {word for line in look_at(stream(text)).warnings(n_parameters) for word in line.split()}
+    lines = corpus_stats(stream(text)).warnings(n_parameters)
+    return {word for line in lines for word in line.split()}
 
 
 def test_warnings_name_the_flag_that_helps() -> None:
@@ -43,15 +43,15 @@ def test_warnings_name_the_flag_that_helps() -> None:
     assert "--size" in warned(TEXT, 10**6)
 
 
-def test_the_median_of_nothing_can_be_said() -> None:
-    assert isinstance(look_at(stream("\n")), CorpusStats)
+def test_an_empty_corpus_has_statistics() -> None:
+    assert isinstance(corpus_stats(stream("\n")), CorpusStats)
 
 
 def test_a_book_with_wrapped_lines(run: Run, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(BOOK, encoding="utf-8")
     args = ("pretrain", "book.txt", "--steps", "2", *SMALL, "--out_dir")
     wrapped = run(*args, "lines").stderr
-    whole = run(*args, "paragraphs", "--sep", "blank", "--sample_prompt", "La niña")
+    whole = run(*args, "paragraphs", "--sep", "blank", "--set", "sample_prompt=La niña")
     assert "--sep blank" in wrapped and "--sep blank" not in whole.stderr
     n = BOOK.count("\n\n") + 1
     assert whole.returncode == 0 and "\nsample: La niña" in whole.stderr
