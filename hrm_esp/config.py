@@ -83,7 +83,7 @@ class HRMConfig:
     )
     max_len: int = option(512, "model", "context length in bytes", low=8)
     plan_dim: int = option(256, "model", "dimension of the plan vector", low=1)
-    gumbel: bool = option(True, "model", "discrete plan: a codebook with Gumbel-Softmax")
+    gumbel: bool = option(True, "model", "express the plan in a codebook (Gumbel-Softmax)")
     n_plan_codes: int = option(32, "model", "codes in the codebook", low=2)
     gumbel_hard: bool = option(
         False, "model", "straight-through Gumbel-Softmax: exactly one code", flag=False
@@ -106,7 +106,7 @@ class HRMConfig:
         0.5, "model", "dropout of whole n-gram embeddings", flag=False, low=0, below=1
     )
     count_max: int = option(
-        16, "model", "longest n-gram counted, in bytes; less than 4 is none", flag=False, low=0
+        16, "model", "longest n-gram counted, in bytes; less than 4 is no counts", flag=False, low=0
     )
     recent_len: int = option(
         4096,
@@ -206,7 +206,8 @@ class TrainConfig:
     precision: str = option(
         "auto",
         "training",
-        "auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32",
+        "precision of matrix products; auto: bf16 where the hardware has it, else fp16 on CUDA, else "
+        "fp32",
         flag=False,
         choices=("auto", "fp32", "bf16", "fp16"),
     )
@@ -223,7 +224,9 @@ class TrainConfig:
         below=1,
         type=float,
     )
-    encoding: str = option("utf-8", "data", "of the text files: latin-1, cp1252, utf-16, ...")
+    encoding: str = option(
+        "utf-8", "data", "encoding of the text files, such as latin-1, cp1252 or utf-16"
+    )
     sample_prompt: str | None = option(
         None, "run", "show what the model writes after this prompt at each validation", flag=False,
         type=str,
@@ -330,15 +333,23 @@ class GenerationConfig:
         0, "sampling", "minimum number of bytes to generate, unless a stop sequence comes", low=0
     )
     temperature: float | None = option(
-        None, "sampling", "0 is greedy (default: 0.8; in answer mode 0)", low=0, type=float
+        None,
+        "sampling",
+        "0 is greedy (default: 0.8; in answer mode 0)",
+        low=0,
+        type=float,
+        metavar="T",
     )
-    top_k: int = option(0, "sampling", "sample from the K most likely bytes; 0 is all", low=0)
+    top_k: int = option(
+        0, "sampling", "sample from the K most likely bytes; 0 is all", low=0, metavar="K"
+    )
     top_p: float = option(
         1.0,
         "sampling",
         "nucleus sampling: smallest set with total probability P",
         above=0,
         high=1,
+        metavar="P",
     )
     min_p: float = option(
         0.0,
@@ -346,6 +357,7 @@ class GenerationConfig:
         "drop bytes that are less than P times as likely as the most likely one",
         low=0,
         high=1,
+        metavar="P",
     )
     stop: str | Sequence[str] = option((), "sampling", "stop sequence, repeatable", metavar="TEXT")
     seed: int | None = option(
@@ -370,7 +382,7 @@ class GenerationConfig:
     precision: str = option(
         "auto",
         "run",
-        "of the weights; auto: bf16 where the hardware has it",
+        "precision of the weights; auto: bf16 where the hardware has it",
         choices=("auto", "fp32", "bf16"),
     )
     draft_len: int = option(

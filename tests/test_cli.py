@@ -188,8 +188,6 @@ def test_python_api(trained: Path) -> None:
     text = hrm_esp.generate(model, "La niña", seed=1, max_new_tokens=20)
     assert text == "".join(hrm_esp.stream(model, "La niña", seed=1, max_new_tokens=20))
     assert hrm_esp.evaluate(model, trained / "corpus.txt").bits_per_byte < 8
-    for name in hrm_esp.__all__:
-        assert getattr(hrm_esp, name) is not None
     with pytest.raises(AttributeError):
         hrm_esp.nothing  # noqa: B018
 

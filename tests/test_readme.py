@@ -1,4 +1,4 @@
-"""The README keeps its word: its commands and its Python run, the long ones made short."""
+"""The documents keep their word: commands and Python run (shortened), and both READMEs agree."""
 
 import os
 import re
@@ -7,27 +7,60 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flags
 import pytest
 from conftest import PAIRS, SMALL, TEXT
-from readme import README, with_table
 
-TEXT_OF_README = README.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TEXT_OF_README, re.M | re.S)
-# Setting up is what CI does; two machines are not here.
-COMMANDS = [code for kind, code in BLOCKS if kind == "bash" and "pip install" not in code]
-COMMANDS = [re.sub(r" +#.*$", "", c, flags=re.M) for c in COMMANDS if "torchrun" not in c]
-COMMANDS = list(dict.fromkeys(COMMANDS))  # most stand there in Spanish, too
-PYTHON = "\n".join(code for kind, code in BLOCKS if kind == "python")
+ROOT = Path(__file__).parent.parent
+README, SPANISH, GUIDE = (ROOT / name for name in ("README.md", "README.es.md", "docs/guide.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+SPANISH_NAMES = {
+    "reservado.txt": "held_out.txt",
+    "datos.tsv": "data.tsv",
+    "tildes.tsv": "accents.tsv",
+}
 
 
-def test_the_table_of_flags_is_that_of_the_parser() -> None:
-    assert with_table(TEXT_OF_README) == TEXT_OF_README, "run: python tests/readme.py"
+def blocks(path: Path, kind: str) -> list[str]:
+    """The code blocks of a kind, without shell comments."""
+    found = [code for k, code in BLOCK.findall(path.read_text(encoding="utf-8")) if k == kind]
+    return [re.sub(r" +#.*$", "", code, flags=re.M) for code in found] if kind == "bash" else found
+
+
+def commands() -> list[str]:
+    """Installation is tested by .ci/run, several machines are not tested."""
+    found = blocks(README, "bash") + blocks(GUIDE, "bash")
+    return list(dict.fromkeys(c for c in found if "pip install" not in c and "torchrun" not in c))
+
+
+def test_the_list_of_flags_is_that_of_the_parser() -> None:
+    assert flags.PATH.read_text("utf-8") == flags.document(), "run: python tests/flags.py"
+
+
+def test_both_readmes_have_the_same_code() -> None:
+    for kind in ("bash", "python"):
+        translated = []
+        for code in blocks(SPANISH, kind):
+            for spanish, english in SPANISH_NAMES.items():
+                code = code.replace(spanish, english)
+            translated.append(code)
+        assert translated == blocks(README, kind)
+    headings = [len(re.findall("^## ", p.read_text("utf-8"), re.M)) for p in (README, SPANISH)]
+    assert headings[0] == headings[1]
+
+
+def test_the_readme_is_short_and_its_links_exist() -> None:
+    assert len(README.read_text("utf-8").split()) <= 1200
+    for path in (README, SPANISH, *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path) -> Path:
-    """The files that the README speaks of."""
+    """The files that the documents name."""
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(trained / "checkpoints", tmp_path / "other")
     for name in ("corpus.txt", "held_out.txt", "books/a.txt", "book.txt", "cuentos.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TEXT, encoding="utf-8")
@@ -35,9 +68,8 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     for name in ("data.tsv", "held_out.tsv"):
         (tmp_path / name).write_text(PAIRS, encoding="utf-8")
     (tmp_path / "questions.txt").write_text("12\n7\n", encoding="utf-8")
-    shutil.copytree(trained / "checkpoints", tmp_path / "other")
     for name in ("hrm_esp", "tests"):
-        (tmp_path / name).symlink_to(README.parent / name)
+        (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 
@@ -46,14 +78,16 @@ def shortened(code: str) -> str:
     code = re.sub(r"--minutes \S+", "", code)
     code = code.replace("hrm-esp pretrain", f"hrm-esp pretrain --steps 2 {' '.join(SMALL)}")
     code = code.replace("hrm-esp finetune", "hrm-esp finetune --steps 2")
-    code = re.sub(r"(hrm-esp (?:pretrain|finetune) .*)$", r"\1 --overwrite", code, flags=re.M)
+    code = re.sub(
+        r"(hrm-esp (?:pretrain|finetune) (?!.*--resume).*)$", r"\1 --overwrite", code, flags=re.M
+    )
     code = code.replace("hrm-esp generate", "hrm-esp generate --max_new_tokens 9")
     return code.replace("hrm_esp/samples/cuentos.txt", "corpus.txt").replace(
         "hrm_esp/samples/numeros.held_out.tsv", "held_out.tsv"
     )
 
 
-@pytest.mark.parametrize("code", COMMANDS, ids=lambda code: code.split("\n")[0][:50])
+@pytest.mark.parametrize("code", commands(), ids=lambda code: code.split("\n")[0][:50])
 def test_commands_run(folder: Path, code: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     out = subprocess.run(
@@ -63,10 +97,9 @@ def test_commands_run(folder: Path, code: str) -> None:
     assert out.returncode == 0, out.stderr
 
 
-def test_python_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("path", [README, GUIDE], ids=lambda path: path.name)
+def test_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     monkeypatch.chdir(folder)
-    assert "epochs=3" in PYTHON
-    exec(PYTHON.replace("epochs=3", "steps=2"), {})
-    assert "pretrain_best.pt" in capsys.readouterr().out
+    code = "\n".join(blocks(path, "python"))
+    code = code.replace("minutes=10", "steps=2, overwrite=True").replace("epochs=3", "steps=2")
+    exec(code.replace("200)", "3)"), {})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar
 
@@ -144,7 +144,9 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     groups["model"].add_argument(
         "--from_scratch", action="store_true", help="start from a new model of --size"
     )
-    groups["model"].add_argument("--size", choices=SIZES, help="of the new model (default: small)")
+    groups["model"].add_argument(
+        "--size", choices=SIZES, help="size of the new model (default: small)"
+    )
     add_fields(groups, FinetuneConfig)
     _add_set(groups["run"], FinetuneConfig, HRMConfig)
     _add_device(groups["run"])
@@ -155,7 +157,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = groups["input"].add_argument
     add("--prompt", help="text to continue or to answer (default: empty)")
     add("--prompts", metavar="FILE", help="a prompt per line; - is standard input")
-    add("--encoding", default="utf-8", help="of the file of --prompts (default: utf-8)")
+    add("--encoding", default="utf-8", help="encoding of the --prompts file (default: utf-8)")
     add("--num_samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
     add(
         "--json",
@@ -176,7 +178,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_ckpt(parser)
     groups = {name: parser.add_argument_group(name) for name in ("data", "results", "run")}
     add = groups["data"].add_argument
-    add("--encoding", default="utf-8", help="of the file (default: utf-8)")
+    add("--encoding", default="utf-8", help="encoding of the file (default: utf-8)")
     add(
         "--sep",
         choices=("line", "blank"),
@@ -192,7 +194,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of matrix products (default: auto)",
+        help="precision of matrix products (default: auto)",
     )
     _add_device(groups["run"])
 
@@ -204,7 +206,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
         "--max_bytes", type=int, default=300, metavar="N",
         help="leave out longer sentences (default: 300)",
     )  # fmt: skip
-    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
+    parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
 
 
 def _add_plans(parser: argparse.ArgumentParser) -> None:
@@ -297,7 +299,7 @@ def add_fields(groups: dict[str, Any], config: type) -> None:
                 action="store_const",
                 const=not f.default,
                 default=argparse.SUPPRESS,
-                help=f"turn off: {text}" if f.default else text,
+                help=f"do not {text}" if f.default else text,
             )
             continue
         keywords: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -325,7 +327,9 @@ class SetAction(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
     ) -> None:
         if value == "help":
-            print("\n".join(describe_options(*self.configs)))
+            for name, f in options(*self.configs).items():
+                if not f.metadata["flag"]:
+                    print(f"{name:18} {describe_option(f)}")
             parser.exit()
         name, equals, text = value.partition("=")
         name = name.strip().replace("-", "_")
@@ -356,12 +360,10 @@ def parse_value(f: Field[Any], text: str) -> Any:
         raise HRMError(f"--set {f.name}: {text!r} is not a valid {kind}") from error
 
 
-def describe_options(*configs: type) -> Iterator[str]:
-    """Yields the help of all options that have no flag."""
-    for name, f in options(*configs).items():
-        if not f.metadata["flag"]:
-            choices = f"{' | '.join(f.metadata['choices'])}: " if "choices" in f.metadata else ""
-            yield f"{name:18} {choices}{f.metadata['help']}{option_default(f)}"
+def describe_option(f: Field[Any]) -> str:
+    """Returns the help of an option that has no flag."""
+    choices = f"{' | '.join(f.metadata['choices'])}; " if "choices" in f.metadata else ""
+    return f"{choices}{f.metadata['help']}{option_default(f)}"
 
 
 def from_args(config: type[Config], args: argparse.Namespace, **preset: Any) -> Config:

@@ -3,9 +3,12 @@
 from .accents import accent_pairs as accent_pairs
 from .batch import WHOLE as WHOLE
 from .batch import Batch as Batch
+from .batch import Dataset as Dataset
 from .batch import Pair as Pair
 from .batch import Shard as Shard
 from .batch import collate_pairs as collate_pairs
+from .batch import collate_shard as collate_shard
+from .batch import group_by_length as group_by_length
 from .batch import pad as pad
 from .batch import prompt_tokens as prompt_tokens
 from .corruption import corrupt as corrupt

@@ -5,8 +5,8 @@ Shapes: B rows, S prompt positions, T target positions, R preceding positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -67,6 +67,33 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
+
+
+class Dataset(Protocol):
+    """What the Trainer trains on: ``len`` items (windows or pairs), yielded in batches.
+
+    `LMDataset` and `TSVDataset` are examples; any class with these two methods will do.
+    """
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self,
+        size: Callable[[], tuple[int, int]],
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        shard: Shard = WHOLE,
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yields the number of items done in this epoch, and a batch.
+
+        Args:
+            size: returns the size of a batch, and into how many rows to split each item; both may
+                change from batch to batch.
+            seed, epoch: the order of the items must be a function of these two.
+            skip: number of items to skip, when a run is resumed.
+            shard: the rows of each batch to return, one process's part.
+        """
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -9,6 +9,5 @@ from .finetune import train_ft as train_ft
 from .loss import Loss as Loss
 from .loss import loss as loss
 from .pretrain import train_lm as train_lm
-from .trainer import Dataset as Dataset
 from .trainer import Trainer as Trainer
 from .trainer import TrainResult as TrainResult

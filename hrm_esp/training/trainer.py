@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from .. import __version__
 from ..config import TrainConfig, flag_name
 from ..console import print0
-from ..data import WHOLE, Batch, Shard
+from ..data import Batch, Dataset, Shard
 from ..device import autocast, choose_precision, keep_freed_memory
 from ..distributed import (
     all_reduce_sum,
@@ -48,33 +48,6 @@ VALIDATION_SHARE = 0.04  # maximum share of the time of a timed run, without the
 EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 SAMPLE_LEN = 120  # bytes
-
-
-class Dataset(Protocol):
-    """What a `Trainer` trains on: ``len`` items (windows or pairs), yielded in batches.
-
-    `LMDataset` and `TSVDataset` are examples; any class with these two methods will do.
-    """
-
-    def __len__(self) -> int: ...
-
-    def batches(
-        self,
-        size: Callable[[], tuple[int, int]],
-        seed: int,
-        epoch: int,
-        skip: int = 0,
-        shard: Shard = WHOLE,
-    ) -> Iterator[tuple[int, Batch]]:
-        """Yields the number of items done in this epoch, and a batch.
-
-        Args:
-            size: returns the size of a batch, and into how many rows to split each item; both may
-                change from batch to batch.
-            seed, epoch: the order of the items must be a function of these two.
-            skip: number of items to skip, when a run is resumed.
-            shard: the rows of each batch to return, one process's part.
-        """
 
 
 @dataclass(frozen=True)
