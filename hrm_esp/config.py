@@ -1,4 +1,4 @@
-"""All hyperparameters: name, default, range and help text, each stated once.
+"""All hyperparameters: name, default, range and help text.
 
 This module does not import torch, so that ``hrm-esp --help`` answers at once.
 """
@@ -13,6 +13,9 @@ from typing import Any
 from .errors import HRMError
 
 DEFAULT_DIR = "checkpoints"
+DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_GUIDANCE = 512, 0.8, 3.0
+SEPARATORS = ("line", "blank")  # what ends a document
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 RECENT_ORDERS = (4, 6, 10)  # orders of the n-grams counted in the text just read
 
 SIZES: dict[str, dict[str, int]] = {
@@ -94,7 +97,7 @@ class HRMConfig:
     ngram_max: int = option(
         4,
         "model",
-        "hashed n-gram embeddings of orders 2 to N; 1 is none",
+        "hashed n-gram embeddings of orders 2 to N; 1 disables them",
         flag=False,
         low=1,
         below=17,
@@ -106,7 +109,12 @@ class HRMConfig:
         0.5, "model", "dropout of whole n-gram embeddings", flag=False, low=0, below=1
     )
     count_max: int = option(
-        16, "model", "longest n-gram counted, in bytes; less than 4 is no counts", flag=False, low=0
+        16,
+        "model",
+        "longest context of the n-gram counts, in bytes (2 to 8, 10, 12, 16, 24 or 32); less than "
+        "4 disables them",
+        flag=False,
+        low=0,
     )
     recent_len: int = option(
         4096,
@@ -188,15 +196,15 @@ class TrainConfig:
     patience: int = option(
         2,
         "training",
-        "validations without improvement before the learning rate decays and the run ends; "
-        "0 is never",
+        "validations worse than the best before the learning rate decays and the run ends; "
+        "0 disables it",
         flag=False,
         low=0,
     )
     grad_clip: float = option(
         1.0,
         "training",
-        "maximum gradient norm, n-gram embeddings aside; 0 is no clipping",
+        "maximum gradient norm, n-gram embeddings aside; 0 disables it",
         flag=False,
         low=0,
     )
@@ -206,10 +214,10 @@ class TrainConfig:
     precision: str = option(
         "auto",
         "training",
-        "precision of matrix products; auto: bf16 where the hardware has it, else fp16 on CUDA, else "
-        "fp32",
+        "precision of matrix products; auto: bf16 where the hardware has it, else fp16 on CUDA, "
+        "else fp32",
         flag=False,
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=PRECISIONS,
     )
     compile: bool = option(
         False, "training", "compile the blocks with torch.compile: slow start", flag=False
@@ -259,7 +267,7 @@ class PretrainConfig(TrainConfig):
         "line",
         "data",
         "what ends a document: each line, or a blank line (for books with wrapped lines)",
-        choices=("line", "blank"),
+        choices=SEPARATORS,
     )
     planner_input: str = option(
         "same",
@@ -327,7 +335,11 @@ class GenerationConfig:
         type=str,
     )
     max_new_tokens: int | None = option(
-        None, "sampling", "maximum number of bytes to generate (default: 512)", low=1, type=int
+        None,
+        "sampling",
+        f"maximum number of bytes to generate (default: {DEFAULT_NEW_TOKENS})",
+        low=1,
+        type=int,
     )
     min_new_tokens: int = option(
         0, "sampling", "minimum number of bytes to generate, unless a stop sequence comes", low=0
@@ -335,13 +347,13 @@ class GenerationConfig:
     temperature: float | None = option(
         None,
         "sampling",
-        "0 is greedy (default: 0.8; in answer mode 0)",
+        f"0 is greedy (default: {DEFAULT_TEMPERATURE}; in answer mode 0)",
         low=0,
         type=float,
         metavar="T",
     )
     top_k: int = option(
-        0, "sampling", "sample from the K most likely bytes; 0 is all", low=0, metavar="K"
+        0, "sampling", "sample from the K most likely bytes; 0 disables it", low=0, metavar="K"
     )
     top_p: float = option(
         1.0,
@@ -373,8 +385,8 @@ class GenerationConfig:
     guidance: float | None = option(
         None,
         "plan",
-        "classifier-free guidance scale for --plan_from and --plan_code, 0 to 20: 1 is none and "
-        "twice as fast (default: 3)",
+        "classifier-free guidance scale for --plan_from and --plan_code, 0 to 20: 1 disables it "
+        f"and is twice as fast (default: {DEFAULT_GUIDANCE:g})",
         low=0,
         high=20,
         type=float,
@@ -389,7 +401,7 @@ class GenerationConfig:
         24,
         "run",
         "speculative decoding: bytes drafted per pass (same distribution, different samples per "
-        "seed); 0 is off",
+        "seed); 0 disables it",
         low=0,
     )
 
@@ -407,10 +419,14 @@ class GenerationConfig:
         if self.plan_from is None and self.plan_code is None and self.guidance is not None:
             raise HRMError("guidance needs plan_from or plan_code: give one of them")
 
+    def mode_for(self, stage: str) -> str:
+        """Returns ``mode``, by default as it fits what the model was last trained for."""
+        return self.mode or ("answer" if stage == "finetune" else "continue")
+
     @property
     def max_bytes(self) -> int:
         """``max_new_tokens`` with its default filled in."""
-        return self.max_new_tokens or max(512, self.min_new_tokens)
+        return self.max_new_tokens or max(DEFAULT_NEW_TOKENS, self.min_new_tokens)
 
     @property
     def stop_sequences(self) -> tuple[str, ...]:

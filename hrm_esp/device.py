@@ -39,7 +39,7 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """Returns the dtype of matrix products in training and evaluation; float32 is no autocast."""
+    """Returns the dtype of matrix products; float32 disables autocast."""
     if precision == "auto":
         if device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"

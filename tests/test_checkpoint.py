@@ -33,7 +33,7 @@ def test_round_trip(saved: Path) -> None:
         assert torch.equal(loaded.weights[name], value)
     expected.weights = loaded.weights = {}
     assert loaded == expected
-    model = load_checkpoint(saved).model()
+    model = load_checkpoint(saved).build_model()
     assert model.stage == "finetune" and not model.training
     assert [p.name for p in saved.parent.iterdir()] == ["a.pt"]  # no temporary file is left
 

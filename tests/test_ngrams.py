@@ -107,7 +107,7 @@ def compute(
     p = torch.full(targets.shape, 1 / 260)
     with torch.no_grad():
         probs, _ = mixture.target_probs(p, states, ids, targets, preceding_ids, leave_one_out)
-        found = mixture.continuations(ids, preceding_ids)
+        found = mixture.find_continuations(ids, preceding_ids)
         log_probs = mixture.log_probs(torch.zeros(*ids.shape, 260), states, found)
     return probs[0], log_probs[0], targets[0]
 
@@ -150,7 +150,7 @@ def test_the_scalar_form_equals_the_tensor_form(text: str, other: str, seed: int
     """Up to the cap, and to what a draft ignores at the end."""
     mixture = random_mixture(text.encode(), seed)
     index, match = mixture.index(), NgramContext(mixture.index(), to_ids(other)).match()
-    found = index.continuations([match])
+    found = index.gather_continuations([match])
     state = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         gate_logits = mixture.gate_proj(state)

@@ -9,7 +9,7 @@ from conftest import TEXT, Run, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_esp.analysis.plans import compute_plans, label_points, report, report_neighbours
+from hrm_esp.analysis.plans import compute_plans, label_points, report, report_neighbors
 from hrm_esp.analysis.plot import figure
 
 
@@ -29,7 +29,7 @@ def test_each_text_has_the_code_of_its_plan() -> None:
 def test_a_text_is_closest_to_itself() -> None:
     model = random_model(gumbel=False)
     plans = compute_plans(model, ["uno dos", "El mar", "uno dos", "La casa azul"])
-    lines = list(report_neighbours(plans))
+    lines = list(report_neighbors(plans))
     assert lines[1].split() == ["1.00", "uno", "dos", "~", "uno", "dos"]
     assert len(lines) == 5
     assert len(list(report(compute_plans(model, ["solo"])))) == 1

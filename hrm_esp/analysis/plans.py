@@ -24,7 +24,7 @@ from ..model import HRMModel
 
 BATCH_SIZE = 64
 MAX_SHOWN = 60  # characters of a text
-MAX_NEIGHBOURS = 50  # pairs of texts with similar plans
+MAX_NEIGHBORS = 50  # pairs of texts with similar plans
 MAX_LABELS = 40  # of a map
 WORD = re.compile(r"\w{3,}")
 
@@ -74,7 +74,7 @@ def read_texts(arguments: Sequence[str]) -> Iterator[str]:
 def report(plans: Plans) -> Iterator[str]:
     """Yields lines that describe the codes of the plans, or without a codebook similar plans."""
     if plans.code_probs is None:
-        yield from report_neighbours(plans)
+        yield from report_neighbors(plans)
         return
     words = [set(WORD.findall(text.lower())) for text in plans.texts]
     word_counts = Counter(word for text_words in words for word in text_words)
@@ -115,17 +115,17 @@ def typical_words(
     return [word for word in ranked[:n_words] if weight[word] > 0]
 
 
-def report_neighbours(plans: Plans) -> Iterator[str]:
+def report_neighbors(plans: Plans) -> Iterator[str]:
     """Yields each text with the text whose plan is most similar, most similar pairs first, by the
     cosine of the plans without their mean."""
-    centred = plans.vectors - plans.vectors.mean(0)
-    centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
-    similarity = centred @ centred.T
+    centered = plans.vectors - plans.vectors.mean(0)
+    centered /= np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-9)
+    similarity = centered @ centered.T
     np.fill_diagonal(similarity, -1)
     nearest = similarity.argmax(1)
-    yield f"{len(nearest):,} texts, continuous plans; each text and its nearest neighbour"
+    yield f"{len(nearest):,} texts, continuous plans; each text and its nearest neighbor"
     if len(nearest) > 1:
-        for i in np.argsort(-similarity.max(1), kind="stable")[:MAX_NEIGHBOURS]:
+        for i in np.argsort(-similarity.max(1), kind="stable")[:MAX_NEIGHBORS]:
             j = nearest[i]
             yield f"  {similarity[i, j]:.2f}  {shorten(plans.texts[i])} ~ {shorten(plans.texts[j])}"
 
@@ -142,9 +142,9 @@ def draw_map(plans: Plans, out: str) -> None:
     """
     from .plot import figure
 
-    centred = plans.vectors - plans.vectors.mean(0)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    x, y = (centred @ axes[:2].T).T if len(axes) > 1 else np.zeros((2, len(centred)))
+    centered = plans.vectors - plans.vectors.mean(0)
+    _, _, axes = np.linalg.svd(centered, full_matrices=False)
+    x, y = (centered @ axes[:2].T).T if len(axes) > 1 else np.zeros((2, len(centered)))
     codes = None if plans.code_probs is None else plans.code_probs.argmax(-1)
     with figure(out, 1, 1, (9, 7)) as panels:
         panel = panels.flat[0]

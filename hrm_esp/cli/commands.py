@@ -86,10 +86,10 @@ def print_result(result: TrainResult) -> None:
 def load_model(args: argparse.Namespace) -> HRMModel:
     gc.disable()  # imports create no garbage, and looking for it takes 0.1 s
     try:
+        from .. import training
         from ..device import choose_device
-        from ..training import load_model
 
-        model = load_model(args.ckpt, choose_device(args.device, args.cpu))
+        model = training.load_model(args.ckpt, choose_device(args.device, args.cpu))
         gc.freeze()
     finally:
         gc.enable()
@@ -109,7 +109,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from ..generation import generate_batch, stream
 
-    mode = config.mode or ("answer" if model.stage == "finetune" else "continue")
+    mode = config.mode_for(model.stage)
     prompts = [prompt] if args.prompts is None else read_prompts(args.prompts, args.encoding)
     if mode == "answer":
         prompts = warn_if_cut(prompts, model.config.max_len)
@@ -143,7 +143,11 @@ def drop_stray_bytes(argument: str) -> str:
 
 
 def use_utf8_stdout() -> None:
-    """Raises HRMError if standard output is closed."""
+    """Sets the encoding of standard output to UTF-8.
+
+    Raises:
+        HRMError: standard output is closed.
+    """
     if sys.stdout is None:
         raise HRMError("standard output is closed")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
@@ -180,9 +184,9 @@ def evaluate(args: argparse.Namespace) -> None:
         raise HRMError(f"batch_size must be at least 1, not {args.batch_size}")
     model = load_model(args)
 
-    from ..evaluation import evaluate
+    from .. import evaluation
 
-    score = evaluate(
+    score = evaluation.evaluate(
         model,
         args.file,
         encoding=args.encoding,
@@ -234,9 +238,9 @@ def plans(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    from ..analysis.plot import plot
+    from ..analysis import plot as analysis_plot
 
-    plot(args.folders, args.out)
+    analysis_plot.plot(args.folders, args.out)
     print(args.out)
 
 

@@ -14,6 +14,8 @@ from typing import Any, NoReturn, TypeVar
 from .. import __version__
 from ..config import (
     DEFAULT_DIR,
+    PRECISIONS,
+    SEPARATORS,
     SIZES,
     FinetuneConfig,
     GenerationConfig,
@@ -119,8 +121,8 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=SIZES,
         default="small",
-        help="1.4, 7.6 or 51 million weights; sets d_model, n_heads and the number of layers "
-        "(default: small)",
+        help="1.4, 7.6 or 51 million weights, n-gram embeddings aside; sets d_model, n_heads and "
+        "the number of layers (default: small)",
     )
     add_fields(groups, HRMConfig)
     add_fields(groups, PretrainConfig)
@@ -181,7 +183,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--encoding", default="utf-8", help="encoding of the file (default: utf-8)")
     add(
         "--sep",
-        choices=("line", "blank"),
+        choices=SEPARATORS,
         default="line",
         help="what ends a document of a text: each line, or a blank line (default: line)",
     )
@@ -192,7 +194,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=16, metavar="N", help="windows per batch (default: 16)")
     add(
         "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=PRECISIONS,
         default="auto",
         help="precision of matrix products (default: auto)",
     )

@@ -87,9 +87,12 @@ class Dataset(Protocol):
     ) -> Iterator[tuple[int, Batch]]:
         """Yields the number of items done in this epoch, and a batch.
 
+        An epoch must yield at least one batch, and its last number must be ``len(self)``.
+
         Args:
-            size: returns the size of a batch, and into how many rows to split each item; both may
-                change from batch to batch.
+            size: returns the size of the next batch, of all processes together, and into how many
+                rows to split each item. The unit of the size is up to the class: `LMDataset` takes
+                windows, `TSVDataset` units of ``max_len`` tokens.
             seed, epoch: the order of the items must be a function of these two.
             skip: number of items to skip, when a run is resumed.
             shard: the rows of each batch to return, one process's part.

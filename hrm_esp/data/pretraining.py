@@ -20,7 +20,7 @@ from .stream import ByteStream, as_inputs, as_targets, load_stream
 from .text import truncate_utf8
 
 MAX_HALVINGS = 4  # of a window, before its lines are corrupted
-MIN_SPLIT_LEN = 8  # bytes
+MIN_PART_LEN = 8  # bytes
 CORRUPTED_TOKENS = 3  # size of a batch of corrupted lines, in tokens per byte of its windows
 
 
@@ -46,7 +46,7 @@ class LMDataset(Sequence[Batch]):
     ) -> None:
         self.stream, self.max_len, self.planner_input = stream, max_len, planner_input
         self.denoise = denoise
-        # In a ring shorter than that, the preceding bytes must not reach the window's targets.
+        # In a short corpus the preceding bytes must not wrap around to the window's targets.
         self.preceding_len = max(0, min(preceding_len, len(stream) - max_len - 1))
 
     def __len__(self) -> int:
@@ -82,11 +82,11 @@ class LMDataset(Sequence[Batch]):
         Each of a window's ``n_splits`` parts is halved a random number of times and shortened at
         random; each line in it, or the part of the line that is there, gives one pair.
         """
-        n_halves = n_splits * 2 ** int(rng.integers(MAX_HALVINGS + 1))
-        n_splits = max(1, min(n_halves, self.max_len // MIN_SPLIT_LEN))
-        length = self.max_len // n_splits
+        n_parts = n_splits * 2 ** int(rng.integers(MAX_HALVINGS + 1))
+        n_parts = max(1, min(n_parts, self.max_len // MIN_PART_LEN))
+        length = self.max_len // n_parts
         lines: list[str] = []
-        for start in (starts[:, None] + np.arange(n_splits) * length).ravel():
+        for start in (starts[:, None] + np.arange(n_parts) * length).ravel():
             size = int(rng.integers(length // 2, length + 1))
             part = bytes(self.stream[(start + np.arange(size)) % len(self.stream)])
             lines += filter(None, part.decode(errors="ignore").split("\n"))

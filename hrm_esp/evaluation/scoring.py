@@ -1,4 +1,4 @@
-"""Evaluation. It is honest: the Planner sees only what precedes the bytes being predicted.
+"""Evaluation. The Planner reads only what precedes the bytes being predicted.
 
 Shapes: B rows, N bytes of a stream, T = max_len.
 """
@@ -111,6 +111,10 @@ def scoring_windows(
     The targets of a window are the bytes that no earlier window predicts. The Planner reads the
     ``max_len`` bytes before the first target, the n-gram counts the ``recent_len`` bytes before the
     window.
+
+    Returns:
+        prompt_ids (B, max_len + 1 or less), y_in and y_out (B, max_len or less), preceding_ids (B,
+        recent_len).
     """
     n = len(stream)
     prompt_ids = np.full((len(starts), max_len + 1), PAD)
@@ -119,9 +123,11 @@ def scoring_windows(
     prompt_ids[:, 0] = BOS
     for row, start in enumerate(starts):
         end = min(start + max_len, n)
-        first = start + max_len // 2 if start else 0  # target
+        # The first target: the windows before predict all bytes up to it.
+        first = start + max_len - window_stride(max_len) if start else 0
         prompt = as_inputs(stream[max(0, first - max_len) : first])
         prompt_ids[row, 1 : len(prompt) + 1] = prompt
+        # y_in begins with the token before the window, the preceding text ends before that token.
         preceding = as_inputs(stream[max(0, start - 1 - recent_len) : start])
         if start <= recent_len:
             preceding = np.concatenate(([BOS], preceding))
@@ -180,7 +186,7 @@ def answer_pairs(
     model: HRMModel, data: TSVDataset, batch_size: int = 64, progress: Progress | None = None
 ) -> list[Answer]:
     """Generates greedy answers to the rows with a target, in their order. An answer that is too
-    long to be right is cut."""
+    long to be right is cut. Always in float32: answers must not depend on the batch."""
     indices = [i for i, p in enumerate(data) if not p.lm]
     indices.sort(key=lambda i: (len(data[i].target), len(data[i].prompt)))
     answers: dict[int, Answer] = {}
@@ -201,7 +207,8 @@ def answer_pairs(
 
 
 def max_answer_len(pair: Pair) -> int:
-    """Returns from how many bytes on an answer is wrong anyway."""
+    """Returns a number of bytes from which on an answer is surely wrong: twice the target's length,
+    and a margin for short targets."""
     return 2 * len(pair.target) + 16
 
 
@@ -257,6 +264,10 @@ def evaluate(
     """Scores a file: as pairs if its name ends in ``.tsv`` or ``.tsv.gz``, else as text.
 
     Args:
+        encoding: of the file.
+        precision: of the matrix products when bits are computed; answers are generated in float32.
+        batch_size: windows per batch; four times as many answers are generated together.
+        show_progress: show a bar on a terminal.
         sep: what ends a document of a text, see `load_stream`.
         predictions: a file to write prompt, target and answer of each pair to, separated by tabs.
 

@@ -2,8 +2,8 @@
 
 The modules here compute the same function from the same weights with fewer and cheaper operations:
 oneDNN products with weights in the layout it prefers for few rows, the gains of norms folded into
-the weights, rotary pairs as complex numbers, and updates in place. Nothing else depends on this
-file; generation works without it.
+the weights, rotary pairs as complex numbers, and updates in place. They are optional: generation
+also works with `model.executor` in place of `pack_for_cpu(model.executor, dtype)`.
 
 Shapes: B rows, T positions, D = d_model, H heads of d dimensions.
 """
@@ -106,13 +106,14 @@ class PackedRotary(nn.Module):
 
 
 class PackedBlock(nn.Module):
-    """A DecoderBlock for inference. The two numbers of a rotary pair are neighbours in a head."""
+    """A DecoderBlock for inference. The two numbers of a rotary pair are neighbors in a head."""
 
     def __init__(self, block: DecoderBlock, dtype: torch.dtype) -> None:
         super().__init__()
         attn, ffn = block.attn, block.ffn
         self.n_heads, self.head_dim = attn.n_heads, attn.head_dim
         self.dtype = dtype
+        # q and k are divided by `row_norms`, which leaves each 1 / sqrt(head_dim) of its RMS norm.
         self.scale = self.head_dim**0.5
         d = attn.wqkv.in_features
         self.floor, self.head_floor = norm_floor(d), norm_floor(self.head_dim)
@@ -147,8 +148,8 @@ class PackedBlock(nn.Module):
         """(B, T, D) float32 -> same, as `DecoderBlock.forward`; freqs_cis of a `PackedRotary`."""
         # Self-attention.
         (b, t, d), h = x.shape, self.n_heads
-        low = (x / row_norms(x, self.floor)).to(self.dtype)
-        qkv = packed_linear(low, self.wqkv).to(x.dtype).view(b, t, 3 * h, self.head_dim)
+        x_low = (x / row_norms(x, self.floor)).to(self.dtype)
+        qkv = packed_linear(x_low, self.wqkv).to(x.dtype).view(b, t, 3 * h, self.head_dim)
         qk = qkv[:, :, : 2 * h]
         qk.div_(row_norms(qk, self.head_floor))
         if freqs_cis.shape[-1]:
@@ -160,16 +161,16 @@ class PackedBlock(nn.Module):
         output = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale
         )
-        low = output.transpose(1, 2).reshape(b, t, d).to(self.dtype)
-        x = x + packed_linear(low, self.attn_out)
+        x_low = output.transpose(1, 2).reshape(b, t, d).to(self.dtype)
+        x = x + packed_linear(x_low, self.attn_out)
         # Cross-attention.
         if self.block.norm_cross is not None and cross is not None:
             cross_cache = None if cache is None else cache.cross_attn
             x = x + self.cross.cross_attend(self.block.norm_cross(x), cross, cross_cache)
         # Feed-forward.
-        low = (x / row_norms(x, self.floor)).to(self.dtype)
-        gate = packed_linear(low, self.gate, "gelu")
-        hidden = torch.ops.mkldnn._linear_pointwise.binary(low, gate, self.up, None, "mul")
+        x_low = (x / row_norms(x, self.floor)).to(self.dtype)
+        gate = packed_linear(x_low, self.gate, "gelu")
+        hidden = torch.ops.mkldnn._linear_pointwise.binary(x_low, gate, self.up, None, "mul")
         return x.add_(packed_linear(hidden, self.ffn_out))
 
 
@@ -189,7 +190,7 @@ def pack_for_cpu(executor: Executor, dtype: torch.dtype) -> Executor:
         dtype = torch.float32
     blocks: Iterable[Any] = executor.blocks
     rotary = PackedRotary(executor.positions.rotary)
-    modules: dict[str, nn.Module | None] = {
+    modules: dict[str, nn.Module] = {
         "blocks": nn.ModuleList(PackedBlock(block, dtype) for block in blocks),
         "lm_head": PackedLinear(executor.lm_head, dtype),
         "positions": with_modules(executor.positions, {"rotary": rotary}),
@@ -199,8 +200,8 @@ def pack_for_cpu(executor: Executor, dtype: torch.dtype) -> Executor:
     return with_modules(executor, modules)
 
 
-def with_modules(module: M, replacements: dict[str, nn.Module | None]) -> M:
+def with_modules(module: M, replacements: dict[str, nn.Module]) -> M:
     """Returns a shallow copy of a module with some submodules replaced."""
     twin = copy.copy(module)
-    twin._modules = module._modules | replacements
+    twin._modules = {**module._modules, **replacements}
     return twin

@@ -46,7 +46,7 @@ class DecoderRow:
 class Decoder:
     """Computes the distribution of the next token for rows that grow.
 
-    `append` adds tokens; they are *pending* until `verify` runs the Executor on them.
+    `append` adds tokens. They are *pending* until `verify` predicts the token after each of them.
 
     Args:
         executor: of the model, possibly in the form of `pack_for_cpu`.
@@ -72,7 +72,7 @@ class Decoder:
         self.dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.executor, self.ngrams = executor, executor.ngrams
         self.plan, self.encoded = plan, encoded
-        self.n_pending = 1  # tokens at the end of each row that the Executor has not read
+        self.n_pending = 1  # tokens at the end of each row whose next token `verify` predicts
         self.cache: ExecutorCache | None = None
         self.rows = []
         for tokens, before in zip(sequences, preceding or [b""] * len(sequences), strict=True):
@@ -113,8 +113,8 @@ class Decoder:
 
     @torch.inference_mode()
     def verify(self) -> Array:
-        """Runs the Executor on the pending tokens. Returns the log-probabilities of the token after
-        each of them, (B, T, V)."""
+        """Runs the Executor. Returns the log-probabilities of the token after each pending token,
+        (B, T, V)."""
         # Step 1: start new windows where the old ones are full.
         n = self.n_pending
         moved = []
@@ -144,7 +144,7 @@ class Decoder:
                 log_probs = logits.float().log_softmax(-1)
             else:
                 matches = list(chain.from_iterable(row.matches for row in self.rows))
-                found = self.index.continuations(matches)
+                found = self.index.gather_continuations(matches)
                 log_probs = self.ngrams.log_probs(logits, states, found)
         for row in self.rows:
             row.matches = []

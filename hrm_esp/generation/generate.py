@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import GenerationConfig
+from ..config import DEFAULT_GUIDANCE, DEFAULT_TEMPERATURE, GenerationConfig
 from ..data import as_inputs, encode_prompt, pad, prompt_tokens, to_bytes
 from ..device import choose_precision, eval_mode
 from ..errors import HRMError
@@ -25,8 +25,6 @@ from .cpu_kernels import pack_for_cpu
 from .decoder import Decoder, GuidedDecoder
 from .sampling import SamplingParams
 from .speculative import SampledToken, decode
-
-GUIDANCE = 3.0  # default scale
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,15 @@ class GenerationSetup:
 
     @classmethod
     def create(cls, model: HRMModel, config: GenerationConfig) -> GenerationSetup:
-        """Raises HRMError if the model has no such code."""
-        mode = config.mode or ("answer" if model.stage == "finetune" else "continue")
+        """Fills in what depends on the model.
+
+        Raises:
+            HRMError: the model has no codebook, or no such code.
+        """
+        mode = config.mode_for(model.stage)
         temperature = config.temperature
         if temperature is None:
-            temperature = 0.0 if mode == "answer" else 0.8
+            temperature = 0.0 if mode == "answer" else DEFAULT_TEMPERATURE
         params = SamplingParams(
             max_new_tokens=config.max_bytes,
             min_new_tokens=config.min_new_tokens,
@@ -83,7 +85,7 @@ class GenerationSetup:
             choose_precision(model.device, config.precision),
             config.draft_len,
             chosen_plan(model, config),
-            GUIDANCE if config.guidance is None else config.guidance,
+            DEFAULT_GUIDANCE if config.guidance is None else config.guidance,
         )
 
     def rng(self, index: int) -> np.random.Generator:
@@ -149,8 +151,8 @@ def generate_batch(
 ) -> Iterator[Completion]:
     """Generates texts for many prompts, in order, ``batch_size`` texts at a time.
 
-    With a seed, a text depends on its index but not on the other texts. A text that is generated
-    alone is drafted, which for the same seed gives another sample.
+    With a seed, a text depends on its index but not on the other texts. A single text is generated
+    with speculative decoding, so its sample differs from that of the same text in a batch.
 
     Args:
         prompts: read as they are needed.

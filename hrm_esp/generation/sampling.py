@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE
 from ..tokenizer import EOS, VOCAB_SIZE
 
 MIN_TEMPERATURE = 1e-30  # lower ones would overflow
@@ -26,16 +27,16 @@ class SamplingParams:
     any of the ``stop`` sequences.
     """
 
-    max_new_tokens: int = 512
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
     min_new_tokens: int = 0
-    temperature: float = 0.8
+    temperature: float = DEFAULT_TEMPERATURE
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     stop: tuple[bytes, ...] = ()
 
     @property
-    def filters(self) -> bool:
+    def has_filters(self) -> bool:
         """Whether top-k, top-p or min-p is on."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
@@ -108,15 +109,15 @@ def draft_sampling_probs(probs: Sequence[float], params: SamplingParams) -> list
     """
     largest, power = max(probs), 1 / max(params.temperature, MIN_TEMPERATURE)
     weights = [(p / largest) ** power for p in probs]
-    if params.filters:
+    if params.has_filters:
         return cast(list[float], filter_probs(np.array(weights), params).tolist())
     total = sum(weights)
     return [weight / total for weight in weights]
 
 
 def filter_probs(weights: NDArray[np.float64], params: SamplingParams) -> NDArray[np.float64]:
-    """Applies top-k, top-p and min-p to weights (..., V), of which the largest is 1; returns
-    probabilities (..., V)."""
+    """Applies top-k, top-p and min-p to weights (..., V), of which the largest is 1, in place;
+    returns probabilities (..., V)."""
     if 0 < params.top_k < weights.shape[-1]:
         smallest = np.partition(weights, -params.top_k)[..., -params.top_k, None]
         weights[weights < smallest] = 0

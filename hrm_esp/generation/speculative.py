@@ -24,7 +24,7 @@ from .sampling import (
     sampling_probs,
 )
 
-MIN_ACCEPT_PROB = 0.3  # a draft that is less likely to be accepted as a whole gets no longer
+MIN_ACCEPT_PROB = 0.3  # drafting stops if the whole draft is less likely to be accepted
 # The probability that a drafted token is accepted is about ACCEPT_BASE + ACCEPT_SLOPE times the
 # weight of the counts in the mixture (a fit to drafts of Don Quijote).
 ACCEPT_BASE, ACCEPT_SLOPE = 0.74, 0.26
@@ -51,10 +51,11 @@ class SequenceState:
         self, params: SamplingParams, draft: Sequence[int] = ()
     ) -> list[NDArray[np.bool_]]:
         """Returns which tokens may come next, and after each token of the draft, (V,) each."""
-        state, allowed = self.utf8_state, []
-        for n, token in enumerate((*draft, EOS), len(self.output)):
-            allowed.append(params.allowed_tokens(state, n))
+        state, n = self.utf8_state, len(self.output)
+        allowed = [params.allowed_tokens(state, n)]
+        for i, token in enumerate(draft, 1):
             state = int(UTF8_NEXT_STATE[state, token])
+            allowed.append(params.allowed_tokens(state, n + i))
         return allowed
 
     def append(self, token: int, params: SamplingParams) -> bool:

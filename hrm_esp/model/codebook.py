@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..config import HRMConfig
 
 QUEUE_LEN = 1024  # pooled states by which new ones are standardized
+EPS = 1e-4  # added to their variance
+INITIAL_SCALE = 10.0  # of the cosines
 
 
 class Codebook(nn.Module):
@@ -36,7 +38,7 @@ class Codebook(nn.Module):
         self.register_buffer("pooled_queue", torch.zeros(QUEUE_LEN, config.d_model))
         self.n_codes, self.hard = config.n_plan_codes, config.gumbel_hard
         self.codes = nn.Parameter(torch.randn(self.n_codes, config.plan_dim))
-        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, P) -> the plan (B, P) and the logits of the codes (B, K)."""
@@ -62,7 +64,7 @@ class Codebook(nn.Module):
     def standardize(self, pooled: Tensor) -> Tensor:
         """Subtracts the mean of the queue and divides by its standard deviation. (B, D) -> same."""
         var, mean = torch.var_mean(self.pooled_queue, 0, correction=0)
-        return ((pooled.float() - mean) * (var + 1e-4).rsqrt()).to(pooled.dtype)
+        return ((pooled.float() - mean) * (var + EPS).rsqrt()).to(pooled.dtype)
 
     def update_queue(self, pooled: Sequence[Tensor]) -> None:
         """Adds the pooled states of a training step, (B, D) each, and drops the oldest."""

@@ -15,6 +15,8 @@ from ..config import HRMConfig
 from ..ngrams.hashing import ngram_hashes
 from ..tokenizer import VOCAB_SIZE, starts_character
 
+HASH_MIX = 0x9E3779B97F4A7C1  # an odd number with irregular bits
+
 
 class NgramEmbedding(nn.Module):
     """Hashed byte n-gram embeddings (Pagnoni et al. 2024, Byte Latent Transformer, section 3.2.1).
@@ -53,7 +55,8 @@ class NgramEmbedding(nn.Module):
         rows = []
         for k, (hashes, _) in enumerate(ngram_hashes(ids, self.max_order, n_preceding)):
             if k:
-                mixed = (hashes ^ (hashes >> 29)) * 0x9E3779B97F4A7C1 >> 24
+                # The low bits of a rolling hash depend on the last tokens only: mix in the high.
+                mixed = (hashes ^ (hashes >> 29)) * HASH_MIX >> 24
                 rows.append(mixed % self.n_rows + (k - 1) * self.n_rows)
         return rows
 

@@ -77,7 +77,7 @@ class Executor(nn.Module):
         logits: Tensor = self.lm_head(states)
         if self.ngrams is None:
             return logits.log_softmax(-1)
-        found = self.ngrams.continuations(y_in, preceding_ids)
+        found = self.ngrams.find_continuations(y_in, preceding_ids)
         return self.ngrams.log_probs(logits, states, found)
 
     def nll(
@@ -95,7 +95,7 @@ class Executor(nn.Module):
             y_out: (B, T), the targets; PAD is ignored.
             leave_one_out: for training, see `NgramMixture.target_probs`.
 
-        Other arguments as in `forward`.
+        Other arguments and errors as in `forward`.
         """
         # Step 1: the network alone. The first position is [PLAN], which has no target.
         states = self.hidden_states(y_in, plan, encoded, keep_plan=True)
@@ -121,7 +121,7 @@ class Executor(nn.Module):
         encoded: EncoderOutput | None = None,
         cache: ExecutorCache | None = None,
         char_positions: Tensor | None = None,
-        preceding_ids: Tensor | None = None,
+        cached_ids: Tensor | None = None,
         keep_plan: bool = False,
     ) -> Tensor:
         """Runs the blocks. Returns the states that predict each next token, (B, T, D).
@@ -129,14 +129,14 @@ class Executor(nn.Module):
         Args:
             cache: of the tokens before ``y_in``; y_in is added. [PLAN] precedes y_in only where the
                 cache is empty.
-            preceding_ids: (B, R), the last tokens in the cache, PAD on the left, for the n-gram
+            cached_ids: (B, R), the last tokens in the cache, PAD on the left, for the n-gram
                 embeddings.
             keep_plan: also return the state of [PLAN], as the first, (B, 1 + T, D).
 
-        Other arguments as in `forward`.
+        Other arguments and errors as in `forward`.
         """
         # Step 1: embed the tokens, with [PLAN] in front at the start of a window.
-        x = self.tok_emb(y_in, preceding_ids)
+        x = self.tok_emb(y_in, cached_ids)
         is_start = cache is None or cache.length == 0
         if is_start:
             plan_token = self.tok_emb.weight[PLAN] + self.from_plan(plan.to(x.dtype))

@@ -32,9 +32,11 @@ class RunningStats(NamedTuple):
 class LossTerms(NamedTuple):
     """Losses of each row, in nats, (B,).
 
-    ``mixture`` and ``network``: negative log-likelihood of all targets, with the n-gram counts and
-    by the network alone. ``plan_bow``: of a token of the prompt, by the bag-of-words distribution
-    that the plan predicts. With a codebook also its ``code_logits`` (B, K).
+    ``mixture`` and ``network``: negative log-likelihood summed over the targets, with the n-gram
+    counts and by the network alone; equal in a model without counts. ``plan_bow``: negative
+    log-likelihood of the prompt's tokens by the bag-of-words distribution that the plan predicts,
+    averaged over tokens. With a codebook also its ``code_logits`` (B, K). ``stats``: see
+    `HRMModel.update_running_stats`.
     """
 
     mixture: Tensor
@@ -52,7 +54,7 @@ class HRMModel(nn.Module):
         super().__init__()
         self.config = config
         self.stage = "pretrain"
-        tok_emb = TokenEmbedding(config)  # shared: its n-gram table is most of the weights
+        tok_emb = TokenEmbedding(config)  # shared: the n-gram table is large
         self.planner = Planner(config, tok_emb)
         self.executor = Executor(config, tok_emb)
 
@@ -103,7 +105,7 @@ class HRMModel(nn.Module):
     ) -> tuple[PlanOutput, EncoderOutput | None]:
         """Runs the Planner. Returns the plan, and what the Executor may attend to, if anything.
 
-        Where ``cross_attends`` is ``None`` the Planner's blocks get no gradient: through the plan
+        Where ``cross_attends`` is ``None`` the Planner's encoder gets no gradient: through the plan
         alone it would be faint, and Muon's steps, whose size does not depend on the gradient's,
         would carry the weights off at random.
         """

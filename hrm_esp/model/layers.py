@@ -126,7 +126,7 @@ class CrossInputs(NamedTuple):
 class MHA(nn.Module):
     """Multi-head attention: self-attention, causal or not, or cross-attention.
 
-    Queries and keys are RMS-normalised per head (QK-norm: Henry et al. 2020; Dehghani et al. 2023,
+    Queries and keys are RMS-normalized per head (QK-norm: Henry et al. 2020; Dehghani et al. 2023,
     section 2), then rotated.
     """
 

@@ -15,6 +15,9 @@ from .codebook import Codebook
 from .embeddings import PositionEncoding, TokenEmbedding, character_positions
 from .layers import EncoderBlock, RMSNorm, linear
 
+# Rows of the queue by which the codes are balanced.
+MIN_BALANCED_ROWS, ROWS_PER_CODE = 256, 8
+
 
 class EncoderOutput(NamedTuple):
     """The Planner's ``states`` (B, S, D); ``mask`` (B, S), true where a position may be attended
@@ -83,6 +86,7 @@ class Planner(nn.Module):
         """
         if self.codebook is None:
             return None
-        rows = self.codebook.pooled_queue[-max(256, 8 * self.codebook.n_codes) :]
+        n_rows = max(MIN_BALANCED_ROWS, ROWS_PER_CODE * self.codebook.n_codes)
+        rows = self.codebook.pooled_queue[-n_rows:]
         plan = self.to_plan(self.codebook.standardize(rows))
         return self.codebook.log_scale.exp().detach() * self.codebook.cosines(plan)

@@ -88,8 +88,8 @@ class NgramIndex:
             ((index, source) for source, index in enumerate(order_index)), reverse=True
         )
         self.longest_first = longest_first
-        # Which of the hashes of 1, 2, ... tokens are those of each order, and how many orders are
-        # valid by the number of valid hashes.
+        # A RollingHash has the hashes of 1, 2, ... tokens: the index of each order among them, and
+        # how many orders are valid by the number of valid hashes.
         max_order = max(orders)
         self.powers = hash_powers(max_order)
         self.table_hashes = np.array(orders) - 1
@@ -109,7 +109,7 @@ class NgramIndex:
         keys = entry_key(state.hashes[self.table_hashes[:n], None], self.key_bounds)
         return self.entries.searchsorted(keys)  # no entry has the token MAX_TOKEN
 
-    def continuations(self, matches: Sequence[ContextMatch]) -> Continuations:
+    def gather_continuations(self, matches: Sequence[ContextMatch]) -> Continuations:
         """Gathers all continuations of the contexts at P positions."""
         n_orders = len(self.longest_first)
         # Step 1: count and number of continuations of the contexts in the table.
@@ -174,13 +174,13 @@ class NgramContext:
     def __init__(self, index: NgramIndex, tokens: Sequence[int]) -> None:
         self.index = index
         self.next_counts: dict[int, dict[int, int]] = {}  # by the hash of a context
-        self.recent_keys = self._recent_keys(tokens)  # at each token
+        self.recent_keys = self._initial_keys(tokens)  # at each token
         for keys, token in zip(self.recent_keys, tokens[1:]):  # noqa: B905
             self._count(keys, token)
         self.states = [RollingHash.of(tokens, index.powers)]  # now, and after each `append`
         self.last_tokens: list[int] = []  # that `append` added
 
-    def _recent_keys(self, tokens: Sequence[int]) -> list[list[int]]:
+    def _initial_keys(self, tokens: Sequence[int]) -> list[list[int]]:
         if not tokens:
             return []
         hashes, valid = stack_hashes(torch.tensor([tokens]), self.index.recent_orders)

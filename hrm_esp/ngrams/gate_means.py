@@ -46,8 +46,8 @@ class GateMeans(nn.Module):
     def lookup(self) -> Callable[[RollingHash], list[float]]:
         """Returns a function from the end of a sequence to the mean gate logits there, (N,).
 
-        The mean after the longest context, in which the mean after the next shorter one counts as
-        one observation, and so on down to zero.
+        With the sum and the count of the gate logits after the last n tokens:
+        mean_n = (sum_n + mean_{n-1}) / (count_n + 1), and mean_0 = 0.
         """
         table = self.sums.cpu().numpy()
 

@@ -1,8 +1,8 @@
 """Rolling hashes of token n-grams: for all positions of a tensor, or one token at a time.
 
-The hash of the last n tokens t_1 .. t_n (t_n the newest) is the sum of (t_i + 1) * F^(n - i)
-modulo 2^64, read as int64. An n-gram never reaches back over a BOS, but may begin with it. Both
-forms in this file give the same hashes.
+The hash of n tokens t_1 .. t_n, t_n the newest, is the sum of (t_i + 1) * F^(i - 1) modulo 2^64,
+read as int64. An n-gram never reaches back over a BOS, but may begin with it. Both forms in this
+file give the same hashes.
 
 Shapes: B rows, T positions, R preceding positions, N orders.
 """
@@ -32,7 +32,8 @@ def ngram_hashes(ids: Any, max_order: int, n_preceding: int = 0) -> Iterator[tup
 
     Yields:
         For each order the hashes (B, T) int64, and which n-grams are valid, (B, T) bool: those that
-        begin after the last BOS, or with it. An invalid hash covers the tokens up to the BOS only.
+        begin after the last BOS, or with it. An invalid hash covers only the tokens back to the
+        last BOS.
     """
     n, missing = ids.shape[1] - n_preceding, max_order - 1 - n_preceding
     if missing > 0:

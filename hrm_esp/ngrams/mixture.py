@@ -122,9 +122,10 @@ class NgramMixture(nn.Module):
             ids: the window, (B, T).
             targets: what comes next, (B, T); PAD where it does not matter.
             preceding_ids: the text before the window, (B, R); none by default.
-            leave_one_out: take windows that are part of the counted text out of the counts, so that
-                what the table knows of them is what it knows of any other text. For training only:
-                it looks at the targets. The preceding text stays in: without it the model is worse.
+            leave_one_out: subtract the n-grams of windows that are part of the counted text, so
+                that the model does not learn to rely on counts that unseen text does not have. For
+                training only: it uses the targets. The preceding text is not subtracted, which was
+                no better.
 
         Returns:
             The probabilities (B, T), and the gate logits U h (B, T, N).
@@ -150,7 +151,8 @@ class NgramMixture(nn.Module):
         Args:
             logits: the network's, (B, T, V).
             states: the network's, (B, T, D).
-            found: the continuations of the contexts at the B * T positions, see `continuations`.
+            found: the continuations of the contexts at the B * T positions, see
+                `find_continuations`.
 
         Returns:
             (B, T, V).
@@ -174,7 +176,7 @@ class NgramMixture(nn.Module):
             ngram_probs > 0, (probs + EPS).log(), network_log_probs + network_weight.log()
         )
 
-    def continuations(self, ids: Tensor, preceding_ids: Tensor | None = None) -> Continuations:
+    def find_continuations(self, ids: Tensor, preceding_ids: Tensor | None = None) -> Continuations:
         """Finds the continuations of the contexts at each of ids (B, T), after preceding_ids
         (B, R); of B * T positions. One position at a time: training uses `target_probs`."""
         preceding_ids = self._recent(ids[:, :0] if preceding_ids is None else preceding_ids)
@@ -184,7 +186,7 @@ class NgramMixture(nn.Module):
             for token in row:
                 context.append(token)
                 matches.append(context.match())
-        return self.index().continuations(matches)
+        return self.index().gather_continuations(matches)
 
     def _recent(self, preceding_ids: Tensor) -> Tensor:
         """Returns the last ``recent_len`` of preceding_ids (B, R)."""

@@ -1,7 +1,8 @@
 """Counts of the n-grams of the training text, and of the text just read, for training.
 
-An *entry* is a context (the last n tokens) and the token that continued it. The table holds all
-entries of all orders in one sorted array, so that the entries of one context lie side by side.
+An *entry* is a context and the token that continued it. A context of order n is the last n tokens.
+The table holds all entries of all orders in one sorted array, so that the entries of one context
+lie side by side.
 
 Shapes: B rows, T positions, R preceding positions, N orders, E entries.
 """
@@ -45,8 +46,7 @@ class ContextStats(NamedTuple):
 class NgramTable(nn.Module):
     """N-gram counts of the training text.
 
-    A context that occurred once is continued by the same token in every longer context, so the
-    table has no longer ones.
+    A context that occurred once says as much as any longer one, so no longer contexts are stored.
     """
 
     entries: Tensor  # (E,) int64, sorted keys, see `entry_key`
@@ -141,7 +141,9 @@ class NgramTable(nn.Module):
         n_continuations = end - begin
         if not leave_one_out:
             return ContextStats(context_count, n_continuations, continuation_count)
-        # Step 3: subtract what the window itself added.
+        # Step 3: subtract what the window itself added, if it is part of the counted text. In the
+        # window each context occurs same_context.size() times, each entry same_entry.size() times;
+        # an entry that occurs nowhere else is a continuation less.
         same_context, same_entry = GroupedPositions(entry_key(hashes, 0)), GroupedPositions(keys)
         only_here = (same_entry.rank() == 0) & (continuation_count == same_entry.size())
         unseen = (context_count > 0) & (continuation_count == 0)
@@ -158,8 +160,9 @@ class NgramTable(nn.Module):
     def _is_counted(self, ids: Tensor, next_tokens: Tensor, unseen: Tensor) -> Tensor:
         """Which rows are part of the counted text, (B, 1, 1) bool.
 
-        Such a row has no context in the table that its next token never continued. The beginning
-        and the end of a document do not count: rows may be cut out of the middle of one.
+        A row counts as such if each of its contexts that is in the table was also followed there by
+        the row's next token. The beginning and the end of a document are ignored: a row may be cut
+        out of the middle of one.
 
         Args:
             ids, next_tokens: (B, T).

@@ -39,7 +39,7 @@ class Checkpoint:
     version: str = ""
     training: dict[str, Any] | None = None
 
-    def model(self, device: torch.device | str = "cpu") -> HRMModel:
+    def build_model(self, device: torch.device | str = "cpu") -> HRMModel:
         """Builds the model, in evaluation mode. On the CPU it shares these weights.
 
         Raises:
@@ -137,4 +137,4 @@ def load_model(path: PathLike | None = None, device: torch.device | str = "cpu")
     Raises:
         HRMError: see `load_checkpoint` and `find_checkpoint`.
     """
-    return load_checkpoint(find_checkpoint() if path is None else path).model(device)
+    return load_checkpoint(find_checkpoint() if path is None else path).build_model(device)

@@ -21,8 +21,12 @@ class Score(NamedTuple):
 
 
 def is_best(score: Score, best_errors: float | None, best_bpb: float | None, is_last: bool) -> bool:
-    """Whether a score replaces the best so far. The last score of a run on pairs does so too if it
-    has no more errors but by chance: the learning rate has decayed, which few rows may not show."""
+    """Whether a score replaces the best so far.
+
+    On pairs the last score also does so unless it has more errors by more than one standard error:
+    after the decay of the learning rate the weights are usually better, which a small number of
+    rows may not show.
+    """
     if best_bpb is None or (score.errors or 0.0, score.bpb) < (best_errors or 0.0, best_bpb):
         return True
     return is_last and score.errors is not None and not has_more_errors(score, best_errors)

@@ -66,9 +66,9 @@ def train_ft(
     model = model_to_finetune(checkpoint, options).to(device)
     if model.config.gumbel and options.context == "plan":
         print0(
-            "warning: with a codebook the plan holds only one of its codes, about "
-            f"{math.log2(model.config.n_plan_codes):.3g} bits: give --no_gumbel for a continuous "
-            "plan, or --context cross_attention"
+            "warning: a plan from a codebook tells prompts apart by their codes only, and one code "
+            f"is {math.log2(model.config.n_plan_codes):.3g} bits: give --no_gumbel for a "
+            "continuous plan, or --context cross_attention"
         )
     dtype = choose_precision(device, options.precision)
     if resumed is None and should_reinitialize(checkpoint, data, options, device, dtype):
@@ -128,7 +128,8 @@ def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
     function of the model is the same at first.
 
     Raises:
-        HRMError: the checkpoint was finetuned with cross-attention, and ``context`` is ``plan``.
+        HRMError: the checkpoint was finetuned with cross-attention, and ``context`` is ``plan``; or
+            its weights do not fit its config.
     """
     had_cross = start.config.cross_attention and start.stage == "finetune"
     if had_cross and options.context == "plan":
@@ -172,7 +173,7 @@ def should_reinitialize(
     if len(rows) < len(order) / 2:  # mostly plain text
         return False
     probe = TSVDataset(rows, data.max_len)
-    bpb, (low, _) = bootstrap_ratio(pair_bits(start.model(device), probe, dtype))
+    bpb, (low, _) = bootstrap_ratio(pair_bits(start.build_model(device), probe, dtype))
     if not low > REINIT_BPB_RATIO * start.val_bpb:
         return False
     print0(

@@ -5,7 +5,7 @@
             + codebook_penalty * the loss that balances the codes
 
 The network is trained within the mixture with n-gram counts and also alone: otherwise it would
-learn only what the counts leave to it.
+learn only what the counts leave to it. In a model without counts both terms are equal.
 
 Shapes: B rows, Q rows of the codebook's queue, K codes.
 """
@@ -22,10 +22,11 @@ from ..data import Batch
 from ..model import HRMModel, LossTerms
 
 # The plan alone predicts which bytes the Planner read, in any order (bag-of-words loss: Zhao et al.
-# 2017, section 3.3). Of each next byte it says so little that the Executor would not learn to use
-# it.
+# 2017, section 3.3). It says little about any single byte: without this loss the Executor learns to
+# ignore it.
 BOW_WEIGHT = 0.6
 SINKHORN_TAU = 0.5  # temperature: lower assigns each row to fewer codes
+SINKHORN_ITERATIONS = 3
 
 
 class BatchSizes(NamedTuple):
@@ -95,7 +96,7 @@ def sinkhorn_assignment(code_logits: Tensor) -> Tensor:
     """Assigns rows to codes so that all codes get about the same number of rows: (Q, K), each row
     sums to one (Sinkhorn's algorithm, as in Caron et al. 2020, SwAV, section 3.1)."""
     log_p = code_logits.float() / SINKHORN_TAU
-    for _ in range(3):
+    for _ in range(SINKHORN_ITERATIONS):
         log_p = log_p - log_p.logsumexp(0)
         log_p = log_p - log_p.logsumexp(-1, keepdim=True)
     return log_p.exp()

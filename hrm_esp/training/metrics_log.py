@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -14,56 +13,10 @@ from tqdm import tqdm
 
 from ..evaluation import perplexity
 from ..files import atomic_write
+from .state import RunState, StepStats
 
 LOG_SECONDS = 10.0  # between two lines, on stderr and in the log
 BAR_SECONDS = 0.5  # between two updates of the bar
-
-
-@dataclass
-class RunState:
-    """Where a run stands. Part of a saved state."""
-
-    step: int = 0
-    epoch: int = 0
-    item: int = 0  # windows or pairs done in this epoch
-    bytes_seen: int = 0
-    seconds: float = 0.0
-    n_validations: int = 0  # that were due so far
-    validation_seconds: float = 0.0
-    val_bpb: float | None = None
-    val_errors: float | None = None
-    best_bpb: float | None = None
-    best_errors: float | None = None
-    bad_evals: int = 0  # validations worse than the best since the best
-    horizon_scale: float = 1.0  # length of the run relative to the options: less if it ends early
-    skipped: int = 0  # steps in a row without a finite gradient
-    skipped_total: int = 0
-
-    def advance(self, step: StepStats, n_done: int, epoch_len: int, seconds: float) -> None:
-        """Counts a step, after which ``n_done`` of the ``epoch_len`` items of the epoch are done
-        and the run has taken ``seconds``."""
-        self.step, self.item = self.step + 1, n_done
-        self.bytes_seen += step.n_targets
-        self.seconds = seconds
-        if self.item == epoch_len:
-            self.epoch, self.item = self.epoch + 1, 0
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """Results of an optimizer step.
-
-    ``n_targets`` of all processes. ``nll`` in nats and ``n_logged``: the loss that is shown, and
-    its number of targets; in pretraining corrupted text is not part of it. ``grad_norm`` before
-    clipping. ``code_counts`` (K,): rows that chose each code in this process.
-    """
-
-    n_targets: int
-    nll: float
-    n_logged: int
-    grad_norm: float
-    lr: float
-    code_counts: Tensor | None
 
 
 class MetricsLog:
@@ -152,9 +105,9 @@ class Meter:
         speed = (state.bytes_seen - self.bytes_before) / (now - self.since)
         codes = None if self.code_counts is None else perplexity(self.code_counts)
         # Step 1: the bar, or a line.
-        bits = [] if train_bpb is None else [f"train {train_bpb:.3f}"]
-        bits += [] if state.val_bpb is None else [f"val {state.val_bpb:.3f}"]
-        text = (f"{' '.join(bits)} bits/byte, " if bits else "") + f"{speed:,.0f} B/s"
+        scores = [] if train_bpb is None else [f"train {train_bpb:.3f}"]
+        scores += [] if state.val_bpb is None else [f"val {state.val_bpb:.3f}"]
+        text = (f"{' '.join(scores)} bits/byte, " if scores else "") + f"{speed:,.0f} B/s"
         if state.val_errors is not None:
             text += f", {1 - state.val_errors:.1%} right"
         if codes is not None:

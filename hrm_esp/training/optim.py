@@ -13,7 +13,7 @@ from ..device import choose_precision
 from ..model import HRMModel, NgramEmbedding
 
 NGRAM_LR = 10.0  # in units of lr: a row of the n-gram table is rarely updated
-BETAS = (0.9, 0.95)  # of AdamW
+BETAS = (0.9, 0.95)  # of AdamW and SparseAdam
 # Coefficients of the polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al. 2025, algorithm
 # 1), which bring singular values near one. More than two take longer and improve nothing.
 POLAR_EXPRESS = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..config import PretrainConfig, TrainConfig
 
-# Until this fraction of the run: divide the batch size by, split each window into.
+# (end of the phase as a fraction of the run, divisor of the batch size, parts of each window). With
+# (0.35, 4, 4) a batch has as many rows as at the end, and each a quarter of the length.
 GROWTH = ((0.35, 4, 4), (0.8, 2, 2))
 
 

@@ -37,11 +37,12 @@ from ..model import HRMModel
 from .checkpoint import Checkpoint, load_checkpoint
 from .early_stopping import Score, is_best, is_worse
 from .loss import BatchSizes, LossModule, code_counts
-from .metrics_log import Meter, MetricsLog, RunState, StepStats
+from .metrics_log import Meter, MetricsLog
 from .optim import Parameters, build_optimizers, set_learning_rate, set_sparse_tables
 from .run_folder import RunFolder
 from .schedule import batch_shape, learning_rate
 from .signals import stop_signals
+from .state import RunState, StepStats
 
 N_VALIDATIONS = 8  # per run, evenly spaced
 VALIDATION_SHARE = 0.04  # maximum share of the time of a timed run, without the first validation
@@ -88,6 +89,7 @@ class Trainer:
         resumed: Checkpoint | None = None,
     ) -> None:
         self.model, self.data, self.options, self.stage = model, data, options, stage
+        model.stage = stage
         self.validate = validate
         self.device = model.device
         self.dtype = choose_precision(self.device, options.precision)
@@ -146,8 +148,7 @@ class Trainer:
                     if meter is not None:  # in the first process
                         meter.update(step)
                         meter.show(self.progress(), step.lr)
-                        if self.validation_is_due():
-                            self.run_validation(meter.log)
+                        self.maybe_validate(meter.log)
                         if state.epoch > last_epoch:
                             last_epoch = state.epoch
                             self.save_epoch()
@@ -174,8 +175,9 @@ class Trainer:
         return Meter(self.stage, self.state, log)
 
     def batches(self) -> Iterator[tuple[int, list[Batch]]]:
-        """Yields the micro-batches of each step, this process's part, until the run is over, and
-        how many items of the epoch are done after it."""
+        """Yields for each step, until the run is over, how many items of the epoch are done after
+        it, and this process's part of its micro-batches. The caller advances the state between two
+        steps."""
         n, shard = world_size(), Shard(rank(), world_size())
 
         def size() -> tuple[int, int]:
@@ -278,16 +280,16 @@ class Trainer:
         state.seconds, state.horizon_scale, n_to_stop = all_reduce_sum(*own, float(stop))
         return n_to_stop > 0
 
-    def validation_is_due(self) -> bool:
-        """Whether it is time: `N_VALIDATIONS` times per run, fewer if a timed run is too short."""
-        if self.validate is None:
-            return False
+    def maybe_validate(self, log: MetricsLog) -> None:
+        """Validates if it is time: `N_VALIDATIONS` times per run, fewer if a timed run is too short
+        for that. The last validation is that of `finish`."""
         state, n_due = self.state, int(self.progress() * N_VALIDATIONS)
-        if not state.n_validations < n_due < N_VALIDATIONS:
-            return False
+        if self.validate is None or not state.n_validations < n_due < N_VALIDATIONS:
+            return
         state.n_validations = n_due
         expected = state.validation_seconds + self.last_validation_seconds
-        return self.options.minutes is None or expected < VALIDATION_SHARE * state.seconds
+        if self.options.minutes is None or expected < VALIDATION_SHARE * state.seconds:
+            self.run_validation(log)
 
     def run_validation(self, log: MetricsLog) -> None:
         """Scores held-out data, saves the model if it is the best so far, and ends the run early if
@@ -399,7 +401,8 @@ class Trainer:
         saved.weights, saved.training = {}, None  # the caller keeps it for as long as the run takes
 
     def result(self, final_eval: Callable[[HRMModel], TextScore | PairScore]) -> TrainResult:
-        """Scores the best checkpoint with ``final_eval`` and returns the result of the run."""
+        """Scores the best checkpoint with ``final_eval`` and returns the result of the run. In the
+        first process the model then has the weights of that checkpoint."""
         score = None
         best = self.folder.checkpoint("best")
         if self.is_first and self.validate is not None:
