@@ -167,9 +167,9 @@ class NgramMixture(nn.Module):
         )
         network_log_probs = logits.float().log_softmax(-1)
         network_weight = network_weight[..., None]
-        mass = order_weights.flatten()[context_index] * frequency
+        mass = order_weights.flatten().index_select(0, context_index) * frequency
         ngram_probs = torch.zeros_like(network_log_probs).flatten()
-        ngram_probs = ngram_probs.index_add(0, token_index, mass).view_as(network_log_probs)
+        ngram_probs = ngram_probs.scatter_add(0, token_index, mass).view_as(network_log_probs)
         probs = torch.addcmul(ngram_probs, network_log_probs.exp(), network_weight)
         # Where no context knows a token, its probability may be too small for an exponential.
         return torch.where(

@@ -15,7 +15,7 @@ from ..model import HRMModel, NgramEmbedding
 NGRAM_LR = 10.0  # in units of lr: a row of the n-gram table is rarely updated
 BETAS = (0.9, 0.95)  # of AdamW and SparseAdam
 # Coefficients of the polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al. 2025, algorithm
-# 1), which bring singular values near one. More than two take longer and improve nothing.
+# 1), which even out singular values. More than two take longer and improve nothing.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -72,8 +72,8 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Brings the singular values of a matrix (N, M) near one, in the fast precision of its
-    device. Returns (N, M)."""
+    """Evens out the singular values of a matrix (N, M), in the fast precision of its device: after
+    two polynomials most lie between 1 and 2. Returns (N, M)."""
     is_bf16 = choose_precision(x.device) is torch.bfloat16
     y = x.to(torch.bfloat16 if is_bf16 else torch.float32)
     if is_tall := len(x) > x.shape[1]:

@@ -1,69 +1,59 @@
-"""Pairs for restoring accents, made from any Spanish text, and the error rates to beat.
+"""Restoring accents without a model: the word error rates to beat.
 
-    python tests/benchmarks/accents.py train.txt train.tsv
-    python tests/benchmarks/accents.py held_out.txt held_out.tsv --train train.txt
+    hrm-esp pairs train.txt -o train.tsv
+    hrm-esp pairs held_out.txt -o held_out.tsv
+    python tests/benchmarks/accents.py train.txt held_out.txt
     hrm-esp finetune train.tsv --minutes 20
     hrm-esp evaluate held_out.tsv
 
-A pair is a sentence without its accents and tildes, and as it was. With ``--train`` two word error
-rates are printed: of leaving the held-out sentences as they are, and of writing each word as it is
-most often written in the training text.
+Prints two rates for the sentences of the held-out text: of leaving their prompts unchanged, and of
+writing each word as it is most often written in the training text.
 """
 
-import argparse
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 
-from hrm_esp.data import load_corpus_lines
-from hrm_esp.denoising import without_marks
+from common import new_parser
+
+from hrm_esp.data import accent_pairs, load_corpus_lines, strip_accents
 from hrm_esp.evaluation import edit_distance
 
-
-def sentences(path: str, longest: int) -> Iterator[str]:
-    """The sentences of at most so many bytes."""
-    for line in load_corpus_lines(path):
-        line = unicodedata.normalize("NFC", re.sub(r"\s+", " ", line.strip()))
-        for sentence in re.split(r"(?<=[.!?…]) ", line):
-            if 0 < len(sentence.encode()) <= longest:
-                yield sentence
+WORD = re.compile(r"\w+")
 
 
-def error_rate(answers: list[str], targets: list[str]) -> float:
-    """Edits per word."""
+def word_error_rate(answers: list[str], targets: list[str]) -> float:
+    """Returns the edits per word of the targets."""
     edits = sum(edit_distance(a.split(), t.split()) for a, t in zip(answers, targets, strict=True))
     return edits / sum(len(t.split()) for t in targets)
 
 
+def most_frequent_forms(path: str) -> Callable[[str], str]:
+    """Returns a function that replaces each word of a text without accents by its most frequent
+    form in a training text."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for line in load_corpus_lines(path):
+        for word in WORD.findall(unicodedata.normalize("NFC", line)):
+            counts[strip_accents(word)][word] += 1
+    forms = {word: forms.most_common(1)[0][0] for word, forms in counts.items()}
+    return lambda text: WORD.sub(lambda match: forms.get(match[0], match[0]), text)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("text")
-    parser.add_argument("tsv")
-    parser.add_argument("--longest", type=int, default=300, help="bytes of a sentence")
-    parser.add_argument("--train", help="the training text, for the rates to beat")
+    parser = new_parser(__doc__)
+    parser.add_argument("train", help="training text")
+    parser.add_argument("held_out", help="held-out text")
+    parser.add_argument("--max_bytes", type=int, default=300, help="leave out longer sentences")
     args = parser.parse_args()
-    targets = list(sentences(args.text, args.longest))
-    with open(args.tsv, "w", encoding="utf-8") as file:
-        file.writelines(f"{without_marks(target)}\t{target}\n" for target in targets)
-    print(f"{len(targets):,} pairs")
-    if args.train:
-        forms: dict[str, Counter[str]] = defaultdict(Counter)
-        for line in load_corpus_lines(args.train):
-            for word in re.findall(r"\w+", unicodedata.normalize("NFC", line)):
-                forms[without_marks(word)][word] += 1
-        usual = {word: seen.most_common(1)[0][0] for word, seen in forms.items()}
-
-        def restore(text: str) -> str:
-            return re.sub(r"\w+", lambda m: usual.get(m[0], m[0]), text)
-
-        prompts = [without_marks(t) for t in targets]
-        print(f"word errors as they are: {error_rate(prompts, targets):.2%}")
-        print(
-            f"word errors, most frequent form: {error_rate([*map(restore, prompts)], targets):.2%}"
-        )
+    restore = most_frequent_forms(args.train)
+    pairs = list(accent_pairs(args.held_out, args.max_bytes))
+    prompts, targets = [prompt for prompt, _ in pairs], [target for _, target in pairs]
+    print(f"{len(pairs):,} held-out sentences")
+    print("| method | word error rate |\n| --- | --- |")
+    print(f"| prompts unchanged | {word_error_rate(prompts, targets):.2%} |")
+    restored = [restore(prompt) for prompt in prompts]
+    print(f"| most frequent form of each word | {word_error_rate(restored, targets):.2%} |")
 
 
 if __name__ == "__main__":

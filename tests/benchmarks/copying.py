@@ -1,56 +1,59 @@
-"""Whether long prompts are copied without a dropped or doubled letter.
+"""Whether answers copy long prompts without dropping or doubling a letter.
 
     python tests/benchmarks/copying.py train.txt held_out.txt --minutes 5 [--ckpt CKPT]
 
-Learns to restore accents in passages of at most ``--longest`` bytes, and restores them in held-out
-ones of ``--lengths`` bytes. An answer that is the prompt once its accents are taken off kept all
-letters.
+Finetunes a model to restore accents in passages of at most ``--max_bytes`` bytes, then restores
+them in held-out passages of ``--lengths`` bytes. An answer kept all letters if, without its
+accents, it equals the prompt.
 """
 
-import argparse
-import os
-import platform
 import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from accents import error_rate
+from accents import word_error_rate
+from common import machine, new_parser
 
-from hrm_esp import FinetuneConfig, HRMConfig, load_model, train_ft
-from hrm_esp.config import SIZES
-from hrm_esp.data import dataset_tsv, load_corpus_lines
-from hrm_esp.denoising import without_marks
-from hrm_esp.evaluation import answers
+from hrm_esp import (
+    SIZES,
+    FinetuneConfig,
+    HRMConfig,
+    dataset_tsv,
+    load_corpus_lines,
+    load_model,
+    train_ft,
+)
+from hrm_esp.data import strip_accents
+from hrm_esp.evaluation.scoring import answer_pairs
 
 
-def passages(path: str, shortest: int, longest: int, seed: int = 0) -> Iterator[str]:
-    """Whole words one after another, of as many bytes as drawn from that range."""
-    draw = random.Random(seed)
+def passages(path: str, min_bytes: int, max_bytes: int, seed: int = 0) -> Iterator[str]:
+    """Yields passages of whole words; the size of each is drawn from that range."""
+    rng = random.Random(seed)
     words: list[str] = []
-    size = draw.randint(shortest, longest)
+    size = rng.randint(min_bytes, max_bytes)
     for word in (w for line in load_corpus_lines(path) for w in line.split()):
         if words and len(" ".join([*words, word]).encode()) > size:
             yield " ".join(words)
-            words, size = [], draw.randint(shortest, longest)
+            words, size = [], rng.randint(min_bytes, max_bytes)
         words.append(word)
 
 
 def write_pairs(path: Path, targets: list[str]) -> Path:
-    path.write_text("".join(f"{without_marks(t)}\t{t}\n" for t in targets), encoding="utf-8")
+    """Writes a TSV whose prompts are the targets without accents."""
+    path.write_text("".join(f"{strip_accents(t)}\t{t}\n" for t in targets), encoding="utf-8")
     return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("train")
     parser.add_argument("held_out")
-    parser.add_argument("--ckpt", help="where to start (default: a new model of --size)")
+    parser.add_argument("--ckpt", help="checkpoint to start from (default: a new model of --size)")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--longest", type=int, default=100)
+    parser.add_argument("--max_bytes", type=int, default=100, help="of a training passage")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[50, 100, 150, 200, 300, 400, 500]
     )
@@ -58,23 +61,22 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pairs = write_pairs(folder / "train.tsv", [*passages(args.train, 10, args.longest)])
+        tsv = write_pairs(folder / "train.tsv", [*passages(args.train, 10, args.max_bytes)])
         start = args.ckpt or HRMConfig(**SIZES[args.size])
         options = FinetuneConfig(minutes=args.minutes, out_dir=str(folder / "run"))
-        model = load_model(train_ft(pairs, start, options).best)
-        print(f"{os.cpu_count()} CPUs, {platform.machine()}; trained on up to {args.longest} bytes")
-        print("| bytes | rows | letters kept | right | word errors |\n| - | - | - | - | - |")
+        model = load_model(train_ft(tsv, start, options).best)
+        print(f"{machine()}; trained on passages of up to {args.max_bytes} bytes")
+        print("| bytes | rows | all letters kept | exact match | word error rate |")
+        print("| --- | --- | --- | --- | --- |")
         for length in args.lengths:
             targets = [*passages(args.held_out, length - 10, length)][: args.rows]
-            data = dataset_tsv(write_pairs(folder / f"{length}.tsv", targets), model.config.max_len)
-            texts = [a.text for a in answers(model, data)]
-            kept = sum(
-                without_marks(text) == without_marks(t)
-                for text, t in zip(texts, targets, strict=True)
-            )
-            right = sum(text == t for text, t in zip(texts, targets, strict=True))
-            n, errors = len(targets), error_rate(texts, targets)
-            print(f"| {length} | {n} | {kept / n:.0%} | {right / n:.0%} | {errors:.1%} |")
+            path = write_pairs(folder / f"{length}.tsv", targets)
+            answers = [a.text for a in answer_pairs(model, dataset_tsv(path, model.config.max_len))]
+            rows, n = list(zip(answers, targets, strict=True)), len(targets)
+            n_kept = sum(strip_accents(answer) == strip_accents(t) for answer, t in rows)
+            n_exact = sum(answer == t for answer, t in rows)
+            errors = word_error_rate(answers, targets)
+            print(f"| {length} | {n} | {n_kept / n:.0%} | {n_exact / n:.0%} | {errors:.1%} |")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""Whether a run that is interrupted at any moment comes to the same model.
+"""Whether a run that is interrupted at any moment gives the same model in the end.
 
     python tests/benchmarks/interruptions.py corpus.txt --times 20
 
-Trains once without interruption, then as often as asked with SIGINT, SIGTERM or SIGKILL at a random
-moment, resumes, and compares the weights bit for bit. After each interruption every checkpoint
-under a final name has to be readable.
+Trains once without interruption. Then it starts the same run again and again, sends SIGINT, SIGTERM
+or SIGKILL at a random moment, resumes, and compares the weights bit for bit. After each
+interruption every checkpoint must be readable.
 """
 
-import argparse
-import os
-import platform
 import random
 import shutil
 import signal
@@ -20,67 +17,73 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from hrm_esp.checkpoint import load_checkpoint
-from hrm_esp.errors import HRMError
+from common import machine, new_parser
+
+from hrm_esp import HRMError
+from hrm_esp.training import load_checkpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 
 
-def start(args: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "hrm_esp", *args, "--out_dir", str(folder)]
+def start(flags: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """Starts a run in a new process."""
+    command = [sys.executable, "-m", "hrm_esp", *flags, "--out_dir", str(folder)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def unreadable(folder: Path) -> int:
-    """How many checkpoints under a final name cannot be read."""
-    failed = 0
+def finish(process: subprocess.Popen[bytes]) -> None:
+    """Waits for a run that must succeed."""
+    if process.wait():
+        raise SystemExit(f"exit status {process.returncode} of {process.args}")
+
+
+def count_unreadable(folder: Path) -> int:
+    """Returns how many of the checkpoints in a folder cannot be read."""
+    n = 0
     for path in folder.glob("*.pt"):
         try:
             load_checkpoint(path)
         except HRMError:
-            failed += 1
-    return failed
+            n += 1
+    return n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("corpus")
-    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--times", type=int, default=20, help="interruptions")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    args = ["pretrain", options.corpus, "--size", "tiny", "--max_len", "128", "--save_every"]
-    args += ["0.02", "--steps", str(options.steps), "--cpu"]
-    draw = random.Random(options.seed)
-    found: Counter[tuple[str, str]] = Counter()
-    broken = 0
+    args = parser.parse_args()
+    flags = ["pretrain", args.corpus, "--size", "tiny", "--max_len", "128", "--cpu"]
+    flags += ["--steps", str(args.steps), "--set", "save_every=0.02"]
+    rng = random.Random(args.seed)
+    outcomes: Counter[tuple[str, str]] = Counter()
+    n_unreadable = 0
     with tempfile.TemporaryDirectory() as name:
-        whole = Path(name) / "whole"
+        uninterrupted, folder = Path(name) / "uninterrupted", Path(name) / "interrupted"
         begin = time.perf_counter()
-        assert start(args, whole).wait() == 0
-        length = time.perf_counter() - begin
-        expected = load_checkpoint(whole / "pretrain_last.pt").weights
-        for _ in range(options.times):
-            folder = Path(name) / "part"
+        finish(start(flags, uninterrupted))
+        seconds = time.perf_counter() - begin
+        expected = load_checkpoint(uninterrupted / "pretrain_last.pt").weights
+        for _ in range(args.times):
             shutil.rmtree(folder, ignore_errors=True)
-            number = draw.choice(SIGNALS)
-            process = start(args, folder)
-            time.sleep(draw.uniform(0, length))
+            number = rng.choice(SIGNALS)
+            process = start(flags, folder)
+            time.sleep(rng.uniform(0, seconds))
             process.send_signal(number)
             process.wait()
-            broken += unreadable(folder)
-            again = ["--resume"] if (folder / "pretrain_state.pt").exists() else ["--overwrite"]
-            assert start([*args, *again], folder).wait() == 0
+            n_unreadable += count_unreadable(folder)
+            was_saved = (folder / "pretrain_state.pt").exists()
+            finish(start([*flags, "--resume" if was_saved else "--overwrite"], folder))
             weights = load_checkpoint(folder / "pretrain_last.pt").weights
-            same = all(weights[key].equal(expected[key]) for key in expected)
-            found[number.name, "the same" if same else "other weights"] += 1
-    print(f"{os.cpu_count()} CPUs, {platform.machine()}, {options.steps} steps in {length:.0f} s")
-    print("| signal | outcome | times |\n| - | - | - |")
-    for (signal_name, outcome), times in sorted(found.items()):
+            is_equal = all(weights[key].equal(expected[key]) for key in expected)
+            outcomes[number.name, "equal weights" if is_equal else "other weights"] += 1
+    print(f"{machine()}, {args.steps} steps in {seconds:.0f} s")
+    print("| signal | outcome | times |\n| --- | --- | --- |")
+    for (signal_name, outcome), times in sorted(outcomes.items()):
         print(f"| {signal_name} | {outcome} | {times} |")
-    print(f"| all | unreadable checkpoints | {broken} |")
+    print(f"| all | unreadable checkpoints | {n_unreadable} |")
 
 
 if __name__ == "__main__":

@@ -1,173 +1,159 @@
-"""Bits per byte on held-out text after so many minutes, beside other small tools.
+"""Bits per byte on held-out text after some minutes of training, beside other small tools.
 
     pip install '.[bench]'
     python tests/benchmarks/peers.py corpus.txt held_out.txt --minutes 1 10
 
-The peer is a Hugging Face Llama with as many weights in its matrices, cross attention aside (as
-many layers as Planner and Executor together), bytes as tokens, the same windows and batches, bf16
-where the machine has it, and AdamW with a cosine schedule at each of ``--peer_lrs``; its best
-counts. Both are scored by the same windows. PPMd (order 12) and xz code the held-out text after the
-corpus.
+The Llama is Hugging Face's, of the same size, with bytes as tokens, the same windows and batches,
+the same precision, and AdamW with a cosine schedule; it is trained once with each learning rate of
+``--llama_lrs``. HRM-ESP and the Llama are scored in the same windows. PPMd (order 12) and xz
+compress the held-out text after the corpus.
 """
 
 import argparse
 import lzma
 import math
-import os
-import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pyppmd
 import torch
-import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from common import machine, new_parser
+from llama import LlamaTrainer
 
 from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
 from hrm_esp.data import Batch, LMDataset, load_stream
-from hrm_esp.decoding import window_start
-from hrm_esp.device import autocast, choose_device, choose_precision, keep_freed_memory
-from hrm_esp.evaluation import scoring_windows
-from hrm_esp.tokenizer import PAD, VOCAB_SIZE
+from hrm_esp.device import choose_device, choose_precision, keep_freed_memory
+from hrm_esp.evaluation.scoring import scoring_windows
+from hrm_esp.generation import window_start, window_stride
 from hrm_esp.training import train_lm
+from hrm_esp.training.pretrain import FINAL_VAL_BYTES
 
-Row = tuple[str, float, int, float]  # name, minutes, bytes seen, bits per byte
+BATCH_SIZE = 8  # windows
+WARMUP_STEPS = 50
+MIN_LR = 0.1  # at the end of the cosine schedule, relative to the peak
 
 
-def ours(args: argparse.Namespace, minutes: float, seed: int) -> Row:
+class Row(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    minutes: float
+    bytes_seen: int
+    bits_per_byte: float
+
+
+def run_hrm(args: argparse.Namespace, minutes: float, seed: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         options = PretrainConfig(minutes=minutes, seed=seed, out_dir=folder)
         result = train_lm(args.corpus, HRMConfig(**SIZES[args.size]), options, val=args.held_out)
     assert result.score is not None
-    return "HRM-ESP", minutes, result.bytes_seen, result.score.bits_per_byte
+    return Row("HRM-ESP", minutes, result.bytes_seen, result.score.bits_per_byte)
 
 
-def llama(config: HRMConfig, **changes: object) -> LlamaForCausalLM:
-    """As many layers as Planner and Executor together: as many weights in its matrices."""
-    keywords = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.ff_mult * config.d_model,
-        "num_hidden_layers": config.n_layers_enc + config.n_layers_dec,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_heads,
-        "max_position_embeddings": config.max_len,
-    }
-    return LlamaForCausalLM(LlamaConfig(**keywords | changes))
+def run_llama(args: argparse.Namespace, minutes: float, lr: float, seed: int) -> Row:
+    config, device = HRMConfig(**SIZES[args.size]), choose_device()
+    trainer = LlamaTrainer(config, lr, device, choose_precision(device), seed)
+    data = LMDataset(load_stream([args.corpus]), config.max_len)
+    bytes_seen = train_llama(trainer, data, lr, minutes)
+    held_out = load_stream([args.held_out])[:FINAL_VAL_BYTES]
+    return Row(
+        f"Llama, lr {lr:g}", minutes, bytes_seen, score_llama(trainer, held_out, config.max_len)
+    )
 
 
-class Peer:
-    """The Llama, its training and its scoring."""
-
-    def __init__(self, size: str, lr: float, seed: int) -> None:
-        torch.manual_seed(seed)
-        config = HRMConfig(**SIZES[size])
-        self.max_len, self.lr = config.max_len, lr
-        self.device = choose_device()
-        self.dtype = choose_precision(self.device, "auto")
-        self.model = llama(config, use_cache=False).to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
-
-    def nats(self, batch: Batch) -> torch.Tensor:
-        batch = batch.to(self.device)
-        padded = batch.y_in.masked_fill(batch.y_in == PAD, 0)  # on the right: changes nothing
-        with autocast(self.device, self.dtype):
-            logits = self.model(padded).logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.y_out.flatten(), ignore_index=PAD, reduction="sum"
-        )
-
-    def train(self, stream: np.ndarray, minutes: float, batch_size: int = 8) -> int:
-        """Returns the bytes seen."""
-        data, seen, begin = LMDataset(stream, self.max_len), 0, time.perf_counter()
-        self.model.train()
-        for step, batch in enumerate(forever(data, batch_size)):
-            progress = (time.perf_counter() - begin) / (60 * minutes)
-            if progress >= 1:
-                break
-            warm, fall = min(1, (step + 1) / 50), 0.1 + 0.9 * math.cos(progress * math.pi / 2)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * warm * fall
-            self.step(batch)
-            seen += batch.y_out.numel()
-        return seen
-
-    def step(self, batch: Batch) -> None:
-        (self.nats(batch) / batch.y_out.numel()).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    @torch.inference_mode()
-    def score(self, stream: np.ndarray) -> float:
-        self.model.eval()
-        last = window_start(len(stream), self.max_len)
-        starts = range(0, last + 1, self.max_len - self.max_len // 2)
-        nats = sum(
-            self.nats(scoring_windows(stream, self.max_len, starts[i : i + 16])).item()
-            for i in range(0, len(starts), 16)
-        )
-        return nats / math.log(2) / len(stream)
+def train_llama(trainer: LlamaTrainer, data: LMDataset, lr: float, minutes: float) -> int:
+    """Trains for some minutes. Returns the bytes seen."""
+    bytes_seen, begin = 0, time.perf_counter()
+    for step, batch in enumerate(endless_batches(data)):
+        progress = (time.perf_counter() - begin) / (60 * minutes)
+        if progress >= 1:
+            break
+        warmup = min(1, (step + 1) / WARMUP_STEPS)
+        decay = MIN_LR + (1 - MIN_LR) * math.cos(progress * math.pi / 2)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = lr * warmup * decay
+        trainer.train_step(batch)
+        bytes_seen += batch.y_out.numel()
+    return bytes_seen
 
 
-def forever(data: LMDataset, batch_size: int) -> Iterator[Batch]:
+def endless_batches(data: LMDataset) -> Iterator[Batch]:
+    """Yields full batches, epoch after epoch."""
     for epoch in range(10**9):
-        for _, batch in data.batches(lambda: (batch_size, 1), 0, epoch):
+        for _, batch in data.batches(lambda: (BATCH_SIZE, 1), 0, epoch):
             yield batch
 
 
-def peer(args: argparse.Namespace, minutes: float, lr: float, seed: int) -> Row:
-    other = Peer(args.size, lr, seed)
-    seen = other.train(load_stream([args.corpus]), minutes)
-    return f"Llama, lr {lr:g}", minutes, seen, other.score(load_stream([args.held_out]))
+@torch.inference_mode()
+def score_llama(trainer: LlamaTrainer, stream: np.ndarray, max_len: int) -> float:
+    """Returns the bits per byte of a stream."""
+    trainer.model.eval()
+    starts = range(0, window_start(len(stream), max_len) + 1, window_stride(max_len))
+    nll = sum(
+        trainer.nll(scoring_windows(stream, max_len, starts[i : i + 16])).item()
+        for i in range(0, len(starts), 16)
+    )
+    return nll / math.log(2) / len(stream)
 
 
-def compressors(corpus: bytes, held_out: bytes) -> Iterator[Row]:
-    def xz(data: bytes) -> int:
-        filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**28}]
-        return len(lzma.compress(data, lzma.FORMAT_RAW, filters=filters))
+def xz_size(data: bytes) -> int:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**28}]
+    return len(lzma.compress(data, lzma.FORMAT_RAW, filters=filters))
 
-    def ppmd(data: bytes) -> int:
-        return len(pyppmd.compress(data, max_order=12, mem_size=512 << 20, variant="H"))
 
-    for name, size in (("PPMd, order 12", ppmd), ("xz -9e", xz)):
-        begin = time.perf_counter()
-        bits = 8 * (size(corpus + held_out) - size(corpus)) / len(held_out)
-        yield name, (time.perf_counter() - begin) / 60, len(corpus), bits
+def ppmd_size(data: bytes) -> int:
+    return len(pyppmd.compress(data, max_order=12, mem_size=512 << 20, variant="H"))
+
+
+def run_compressor(
+    args: argparse.Namespace, name: str, compressed_size: Callable[[bytes], int]
+) -> Row:
+    corpus = bytes(load_stream([args.corpus]))
+    held_out = bytes(load_stream([args.held_out])[:FINAL_VAL_BYTES])
+    begin = time.perf_counter()
+    n_bytes = compressed_size(corpus + held_out) - compressed_size(corpus)
+    minutes = (time.perf_counter() - begin) / 60
+    return Row(name, minutes, len(corpus), 8 * n_bytes / len(held_out))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("corpus")
     parser.add_argument("held_out")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 10.0])
-    parser.add_argument("--peer_minutes", type=float, nargs="+", default=[10.0])
-    parser.add_argument("--peer_lrs", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--llama_minutes", type=float, nargs="+", default=[10.0])
+    parser.add_argument("--llama_lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     if choose_device().type == "cpu":
-        keep_freed_memory()  # for both
-    rows = list(compressors(bytes(load_stream([args.corpus])), bytes(load_stream([args.held_out]))))
+        keep_freed_memory()  # as HRM-ESP does: it makes both faster
+    jobs: list[Callable[[], Row]] = [
+        partial(run_compressor, args, "PPMd, order 12", ppmd_size),
+        partial(run_compressor, args, "xz -9e", xz_size),
+    ]
     for seed in range(args.seeds):
-        jobs = [(ours, (m, seed)) for m in args.minutes]
-        others = [(peer, (m, lr, seed)) for m in args.peer_minutes for lr in args.peer_lrs]
-        for i in range(max(len(jobs), len(others))):  # alternating
-            for queue in (jobs, others):
-                if i < len(queue):
-                    run, options = queue[i]
-                    rows.append(run(args, *options))  # type: ignore[operator]
-                    print(rows[-1], flush=True)
-    print(f"\nsize {args.size}; {os.cpu_count()} CPUs, {platform.machine()}, {choose_device()}")
-    print("| model | minutes | bytes seen | bytes/s | bits per byte |\n| - | - | - | - | - |")
-    for name, minutes, seen, bits in sorted(rows, key=lambda row: row[3]):
-        print(f"| {name} | {minutes:.2g} | {seen:,} | {seen / minutes / 60:,.0f} | {bits:.3f} |")
+        ours = [partial(run_hrm, args, m, seed) for m in args.minutes]
+        llamas = [
+            partial(run_llama, args, m, lr, seed)
+            for m in args.llama_minutes
+            for lr in args.llama_lrs
+        ]
+        for i in range(max(len(ours), len(llamas))):  # in turn
+            jobs += ours[i : i + 1] + llamas[i : i + 1]
+    rows = []
+    for job in jobs:
+        rows.append(job())
+        print(rows[-1], flush=True)
+    print(f"\nsize {args.size}; {machine()}, {choose_device()}")
+    print("| model | minutes | bytes seen | bytes/s | bits per byte |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, minutes, n, bits in sorted(rows, key=lambda row: row.bits_per_byte):
+        print(f"| {name} | {minutes:.2g} | {n:,} | {n / minutes / 60:,.0f} | {bits:.3f} |")
 
 
 if __name__ == "__main__":

@@ -1,114 +1,145 @@
-"""What it costs in speed that a run is safe.
+"""What the safety of a run costs in speed.
 
     python tests/benchmarks/safety.py corpus.txt --size tiny
 
-Two trainings side by side, some steps of each in turn, over the same batches: the project's loop,
-which looks at each gradient, agrees with other processes, catches signals, logs and shows, and a
-bare one. To the difference comes saving the state, once in ``--save_every`` minutes.
+Two loops train the same model on the same batches, some steps of each in turn: `Trainer.run`, which
+checks each gradient, synchronizes with other processes, catches signals, logs and shows its
+progress, and a minimal loop. Saving the state, once every ``save_every`` minutes, is added to the
+difference.
 """
 
-import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
-import torch
+from common import machine, new_model, new_parser, new_trainer
 from torch import nn
 
+from hrm_esp import Trainer
 from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
-from hrm_esp.data import LMDataset, load_stream
-from hrm_esp.device import autocast, keep_freed_memory
-from hrm_esp.model import HRMModel
-from hrm_esp.optim import batch_shape, learning_rate, set_learning_rate
-from hrm_esp.progress import Meter, MetricsLog
-from hrm_esp.trainer import BAG_WEIGHT, Trainer, codebook_penalty, stop_signals
+from hrm_esp.data import WHOLE, Batch, Shard, load_stream
+from hrm_esp.device import autocast
+from hrm_esp.training import loss
+from hrm_esp.training.optim import set_learning_rate
+from hrm_esp.training.schedule import batch_shape, learning_rate
+from hrm_esp.training.trainer import Dataset
 
 
-def safe(trainer: Trainer) -> Iterator[None]:
-    """A step of the project's loop each time."""
-    meter = Meter("", trainer.state, MetricsLog(trainer.folder, "pretrain", -1))
-    with stop_signals() as stopped:
-        for done in trainer.steps(stopped):
-            meter.add(done.nats, done.shown, done.norm, done.usage)
-            meter.show(trainer.state, trainer.progress(), done.lr)
-            yield
+class Finished(Exception):
+    """All rounds are done."""
 
 
-def bare(trainer: Trainer) -> Iterator[None]:
-    """A step of the shortest loop that trains the same model each time."""
+class InterleavedDataset:
+    """A dataset for `Trainer.run` that runs steps of another loop between its batches, and times
+    both.
+
+    Args:
+        data: the dataset to read from.
+        other: each ``next`` is a step of the other loop.
+        rounds: after the first, which is not timed.
+        n_steps: of each loop per round.
+    """
+
+    def __init__(self, data: Dataset, other: Iterator[None], rounds: int, n_steps: int) -> None:
+        self.data, self.other, self.rounds, self.n_steps = data, other, rounds, n_steps
+        self.run_seconds: list[float] = []
+        self.other_seconds: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(
+        self,
+        size: Callable[[], tuple[int, int]],
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        shard: Shard = WHOLE,
+    ) -> Iterator[tuple[int, Batch]]:
+        batches = endless_batches(self.data, size, seed)
+        for i in range(self.rounds + 1):
+            for is_run in (True, False) if i % 2 else (False, True):
+                begin = time.perf_counter()
+                for _ in range(self.n_steps):
+                    if is_run:
+                        yield 1, next(batches)  # the step is done when the loop asks for the next
+                    else:
+                        next(self.other)
+                seconds = self.run_seconds if is_run else self.other_seconds
+                if i:
+                    seconds.append(time.perf_counter() - begin)
+        raise Finished
+
+
+def endless_batches(
+    data: Dataset, size: Callable[[], tuple[int, int]], seed: int
+) -> Iterator[Batch]:
+    """Yields batches, epoch after epoch."""
+    for epoch in range(10**9):
+        for _, batch in data.batches(size, seed, epoch):
+            yield batch
+
+
+def minimal_loop(trainer: Trainer) -> Iterator[None]:
+    """Trains with the shortest loop that gives the same model, a step at a time."""
     model, options = trainer.model, trainer.options
-    max_len = model.config.max_len
 
     def size() -> tuple[int, int]:
-        return batch_shape(options, max_len, 0.0)
+        return batch_shape(options, model.config.max_len, 0.0)
 
-    for step, (_, batch) in enumerate(trainer.data.batches(size, 0, 0)):
+    for step, batch in enumerate(endless_batches(trainer.data, size, options.seed)):
         set_learning_rate(trainer.optimizers, learning_rate(options, step, 0.0))
         with autocast(trainer.device, trainer.dtype):
-            cost = model.nats(*batch, leave_out=True)
-            last = model.planner.last_logits()
-            loss = (cost.mixed + cost.alone).sum() / batch.n_tokens
-            if batch.reads_memory is None:
-                loss = loss + BAG_WEIGHT * cost.bag.mean()
-            if last is not None:
-                loss = loss + options.codebook_penalty * codebook_penalty(last)
-        loss.backward()
+            total, terms = loss(model, batch.to(trainer.device), options.codebook_penalty)
+        total.backward()
         nn.utils.clip_grad_norm_(trainer.parameters.dense, options.grad_clip)
         for optimizer in trainer.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        model.remember()
+        model.update_running_stats([terms.stats])
         yield
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("corpus")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=5, help="of each in a round")
+    parser.add_argument("--steps", type=int, default=5, help="of each loop per round")
     args = parser.parse_args()
     stream = load_stream([args.corpus])
-    config = replace(HRMConfig(**SIZES[args.size]), memory=True)
-    keep_freed_memory()
+    config = HRMConfig(**SIZES[args.size], cross_attention=True)
     with tempfile.TemporaryDirectory() as folder:
-        loops, trainers = [], []
-        for name, loop in (("safe", safe), ("bare", bare)):
-            torch.manual_seed(0)
-            model = HRMModel(config).train()
-            assert model.executor.counts is not None
-            model.executor.counts.count(stream)
-            options = PretrainConfig(steps=10**6, out_dir=f"{folder}/{name}")
-            data = LMDataset(stream, config.max_len, recent_len=config.past_len)
-            trainers.append(Trainer(model, data, options, stage="pretrain", data_id="", score=None))
-            loops.append(loop(trainers[-1]))
-        times: list[list[float]] = [[], []]
-        for n in range(args.rounds + 1):
-            for i in (0, 1) if n % 2 else (1, 0):
-                begin = time.perf_counter()
-                for _ in range(args.steps):
-                    next(loops[i])
-                times[i].append(time.perf_counter() - begin)
+        trainer, other = (
+            new_trainer(
+                new_model(config, stream),
+                stream,
+                # As at the start of a long run, and without saving.
+                PretrainConfig(steps=10**6, save_every=10**6, out_dir=f"{folder}/{name}"),
+            )
+            for name in ("run", "minimal")
+        )
+        data = InterleavedDataset(trainer.data, minimal_loop(other), args.rounds, args.steps)
+        trainer.data = data
+        with suppress(Finished):
+            trainer.run()
         begin = time.perf_counter()
-        trainers[0].save_state()
-        saving = time.perf_counter() - begin
-    ratio = statistics.median(a / b for a, b in zip(times[0][1:], times[1][1:], strict=True))
-    share = saving / (60 * PretrainConfig().save_every)
-    print(f"{os.cpu_count()} CPUs, {platform.machine()}, {args.size}, {trainers[0].dtype}")
-    print("| | seconds a step | cost |\n| - | - | - |")
-    print(f"| bare loop | {statistics.median(times[1][1:]) / args.steps:.4f} | |")
-    print(
-        f"| safe loop | {statistics.median(times[0][1:]) / args.steps:.4f} | {ratio - 1:+.2%}, "
-        "median of the rounds |"
-    )
-    print(f"| saving the state | {saving:.2f} | {share:+.2%}, once in 5 minutes |")
-    print(f"| together | | {ratio - 1 + share:+.2%} |")
+        trainer.save_state()
+        save_seconds = time.perf_counter() - begin
+    minimal = statistics.median(data.other_seconds) / args.steps
+    safe = statistics.median(data.run_seconds) / args.steps
+    ratios = [a / b for a, b in zip(data.run_seconds, data.other_seconds, strict=True)]
+    cost = statistics.median(ratios) - 1
+    save_every = PretrainConfig().save_every
+    save_cost = save_seconds / (60 * save_every)
+    print(f"{machine()}, {args.size}, {trainer.dtype}")
+    print("| | seconds per step | cost |\n| --- | --- | --- |")
+    print(f"| minimal loop | {minimal:.4f} | |")
+    print(f"| `Trainer.run` | {safe:.4f} | {cost:+.2%}, median of {args.rounds} rounds |")
+    print(f"| saving the state | {save_seconds:.2f} | {save_cost:+.2%}, every {save_every:g} min |")
+    print(f"| total | | {cost + save_cost:+.2%} |")
 
 
 if __name__ == "__main__":

@@ -1,119 +1,93 @@
-"""Bytes a second in training, and where the time goes.
+"""Speed of training in bytes per second, and how much of it is matrix products.
 
     pip install '.[bench]'
     python tests/benchmarks/throughput.py corpus.txt --size small
 
-Full batches of full windows of text, none to be restored, optimizer included, beside a Hugging Face
-Llama with as many weights in its matrices (see peers.py), step by step in turn. Utilisation is what
-the matrix products of the forward and backward pass would take at the rate at which this machine
-multiplies matrices of such shapes, as a share of the time taken; those of the optimizer are shown
-apart.
+Full batches of full windows of plain text, optimizer included, beside a Hugging Face Llama of the
+same size, timed in turn. Utilization is the time that the matrix products of a step would take at
+the speed at which this machine multiplies matrices of such shapes, divided by the time of the step;
+the forward and backward pass and the optimizer are counted apart.
 """
 
-import argparse
-import os
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 
 import torch
-from peers import Peer
-from torch.utils.flop_counter import FlopCounterMode
+from common import count_flops, machine, new_model, new_parser, new_trainer, time_alternately
+from llama import LlamaTrainer
 
 from hrm_esp.config import SIZES, HRMConfig, PretrainConfig
-from hrm_esp.data import LMDataset, load_stream
-from hrm_esp.device import autocast, keep_freed_memory
-from hrm_esp.model import HRMModel
-from hrm_esp.trainer import Trainer
+from hrm_esp.data import load_stream
+from hrm_esp.device import autocast, choose_device, keep_freed_memory
+from hrm_esp.training import loss
 
-
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def flops(call: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+N_PRODUCTS = 8  # timed together
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("corpus")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    stream = load_stream([args.corpus])
+    # Step 1: both models, and a batch.
+    stream, device = load_stream([args.corpus]), choose_device()
     config = HRMConfig(**SIZES[args.size])
-    peer = Peer(args.size, 1e-3, 0)
-    model = HRMModel(config)
-    if model.executor.counts is not None:
-        model.executor.counts.count(stream)
-    data = LMDataset(stream, config.max_len, recent_len=config.recent_len)
     with tempfile.TemporaryDirectory() as folder:
-        options = PretrainConfig(steps=10**6, out_dir=folder)
-        trainer = Trainer(
-            model.to(peer.device), data, options, stage="pretrain", data_id="", score=None
-        )
-    model.train()
-    keep_freed_memory()  # for both
-    (_, batch), *_ = data.batches(lambda: (args.batch_size, 1), 0, 0)
+        options = PretrainConfig(steps=10**6, denoise=0.0, out_dir=folder)
+        trainer = new_trainer(new_model(config, stream).to(device), stream, options)
+    llama = LlamaTrainer(config, 1e-3, device, trainer.dtype)
+    keep_freed_memory()  # as training does: it makes both faster
+    _, batch = next(trainer.data.batches(lambda: (args.batch_size, 1), 0, 0))
     n, d = batch.y_in.numel(), config.d_model
-    x, w = (torch.randn(*s, dtype=trainer.dtype, device=peer.device) for s in ((n, d), (8 * d, d)))
+    x = torch.randn(n, d, dtype=trainer.dtype, device=device)
+    weight = torch.randn(2 * config.ff_mult * d, d, dtype=trainer.dtype, device=device)
 
-    def loss() -> torch.Tensor:
-        with autocast(peer.device, trainer.dtype):
-            cost = model.nats(*batch.to(peer.device))
-        return (cost.mixed + cost.alone).sum() / n
+    # Step 2: what to time.
+    def forward() -> torch.Tensor:
+        with autocast(device, trainer.dtype):
+            return loss(trainer.model, batch.to(device)).total
 
     def forward_backward() -> None:
-        loss().backward()
+        forward().backward()
 
-    def optimize() -> None:
+    def optimizer_step() -> None:
         for optimizer in trainer.optimizers:
             optimizer.step()
 
-    def whole() -> None:
-        trainer.step([batch])
-
     def products() -> None:
-        for _ in range(8):
-            torch.nn.functional.linear(x, w)
+        for _ in range(N_PRODUCTS):
+            torch.nn.functional.linear(x, weight)
 
-    passes = flops(forward_backward)
-    own = flops(optimize)
-    trainer.step([batch])
-    timed: dict[str, tuple[Callable[[], object], list[float]]] = {
-        "HRM-ESP": (whole, []), "Llama": (lambda: peer.step(batch), []), "products": (products, []),
-        "forward": (loss, []),
-    }  # fmt: skip
-    for turn in range(args.steps + 2):
-        for call, times in timed.values():
-            took = seconds(call)
-            if turn > 1:  # the first two warm up
-                times.append(took)
-        trainer.model.zero_grad()
-    median = {name: statistics.median(times) for name, (_, times) in timed.items()}
-    rate = 8 * 2 * n * d * 8 * d / median["products"]
+    # Step 3: count operations, then time.
+    model_flops = count_flops(forward_backward)
+    optimizer_flops = count_flops(optimizer_step)
+    timings = time_alternately(
+        {
+            "HRM-ESP": lambda _: trainer.train_step([batch]),
+            "Llama": lambda _: llama.train_step(batch),
+            "products": lambda _: products(),
+            "forward": lambda _: forward().detach(),
+        },
+        args.steps,
+        n_warmup=2,
+    )
+    median = {name: statistics.median(t.seconds for t in rows) for name, rows in timings.items()}
+    # Step 4: print.
+    speed = N_PRODUCTS * 2 * n * weight.numel() / median["products"]
     print(f"size {args.size}, {args.batch_size} windows of {config.max_len} bytes, {trainer.dtype}")
-    print(f"{os.cpu_count()} CPUs, {platform.machine()}, {torch.get_num_threads()} threads\n")
-    print("| model | bytes/s | step, s |\n| - | - | - |")
+    print(f"{machine()}, {torch.get_num_threads()} threads, {device}\n")
+    print("| model | bytes/s | seconds per step |\n| --- | --- | --- |")
     for name in ("HRM-ESP", "Llama"):
         print(f"| {name} | {n / median[name]:,.0f} | {median[name]:.3f} |")
     print(
-        f"\nproducts: {rate / 1e9:,.0f} GFLOP/s on this machine; forward {median['forward']:.3f} s"
+        f"\nmatrix products alone: {speed / 1e9:,.0f} GFLOP/s; forward: {median['forward']:.3f} s"
     )
-    print(f"utilisation: {passes / rate / median['HRM-ESP']:.0%} in the model's products, ", end="")
-    print(f"{own / rate / median['HRM-ESP']:.0%} more in the optimizer's")
+    print(
+        f"utilization: {model_flops / speed / median['HRM-ESP']:.0%} in the model, "
+        f"{optimizer_flops / speed / median['HRM-ESP']:.0%} in the optimizer"
+    )
 
 
 if __name__ == "__main__":
