@@ -412,7 +412,7 @@ class GenerationConfig:
                 f"min_new_tokens ({self.min_new_tokens}) must not be more than max_new_tokens "
                 f"({self.max_new_tokens})"
             )
-        if "" in self.stop_sequences:
+        if any(not s.encode(errors="ignore") for s in self.stop_sequences):
             raise HRMError("stop must not be empty")
         if self.plan_from is not None and self.plan_code is not None:
             raise HRMError("give plan_from or plan_code, not both")

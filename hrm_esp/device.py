@@ -55,13 +55,15 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module in evaluation mode and restores its mode at the end, even after an error."""
-    was_training = module.training
+    """Puts a module in evaluation mode, and at the end, even after an error, each of its submodules
+    in the mode that it was in."""
+    modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for m, training in modes:
+            m.training = training
 
 
 @contextmanager

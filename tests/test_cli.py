@@ -124,6 +124,7 @@ def test_set_help_lists_the_options_without_a_flag(run: Run) -> None:
         (["--no-gumbel", "--dropout=0.2"], {"gumbel": False, "dropout": 0.2}),
         (["--epochs", "2", "--batch-size", "7"], {"epochs": 2, "batch_size": 7, "minutes": None}),
         (["--set", "weight-decay=0"], {"weight_decay": 0.0}),
+        (["--set", "sample_prompt=a = b "], {"sample_prompt": "a = b "}),
     ],
 )
 def test_finetuning_flags(flags: list[str], changes: dict[str, object]) -> None:
@@ -268,7 +269,11 @@ BAD = {
     ),
     "pairs of a folder": ("pairs", "folder"),
     "pairs into nowhere": ("pairs", "text.txt", "-o", "no/pairs.tsv"),
-    "no sentence is short enough": ("pairs", "text.txt", "--max_bytes", "0"),
+    "no sentence is short enough": ("pairs", "text.txt", "--max_bytes", "3", "-o", "out.tsv"),
+    "pairs over their text": ("pairs", "text.txt", "-o", "./text.txt"),
+    "pairs of another encoding": ("pairs", "latin.txt", "-o", "out.tsv"),
+    "a flag that is set": ("pretrain", "text.txt", "--set", "overwrite=true"),
+    "a hyperparameter without a flag": ("pretrain", "text.txt", "--optimizer", "adamw"),
     "two starts": ("finetune", "pairs.tsv", "--ckpt", "good.pt", "--from_scratch"),
     "size of a checkpoint": ("finetune", "pairs.tsv", "--ckpt", "good.pt", "--size", "tiny"),
     "predictions of a text": ("evaluate", "text.txt", "--ckpt", "good.pt", "--predictions", "p"),
@@ -297,6 +302,7 @@ def bad_folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "blank.tsv").write_text(" \n\t\n\n")
     (folder / "text.txt").write_text("Una línea.\n", encoding="utf-8")
     (folder / "pairs.tsv").write_text("a\tb\n")
+    (folder / "latin.txt").write_text("ñáéíóú" * 20, encoding="latin-1")
     (folder / "binary.txt").write_bytes(b"\x7fELF\0\0\1" * 99)
     good = trained / "checkpoints" / "pretrain_best.pt"
     shutil.copy(good, folder / "good.pt")
@@ -518,3 +524,15 @@ def test_stray_bytes_in_a_prompt(trained: Path, run: Run) -> None:
          "--prompt", b"a\xff\xfeb"], capture_output=True,
     )  # fmt: skip
     assert out.returncode == 0 and out.stdout.startswith(b"ab")
+
+
+def test_pairs_are_sentences_without_and_with_accents(run: Run, tmp_path: Path) -> None:
+    """To a file, to standard output, and through a link, which stays one."""
+    text = "El niño comió. ¿Qué pasó? " + "muy larga " * 40 + ".\nSí."
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "link.tsv").symlink_to("target.tsv")
+    expected = "El nino comio.\tEl niño comió.\n¿Que paso?\t¿Qué pasó?\nSi.\tSí.\n"
+    assert run("pairs", "a.txt").stdout == expected
+    assert run("pairs", "a.txt", "-o", "link.tsv").stdout == "3 pairs in link.tsv\n"
+    assert (tmp_path / "link.tsv").is_symlink()
+    assert (tmp_path / "target.tsv").read_text("utf-8") == expected

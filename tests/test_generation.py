@@ -313,6 +313,7 @@ def test_prompts_are_normalized() -> None:
         {"precision": "int8"},
         {"draft_len": -1},
         {"stop": ""},
+        {"stop": "\ud83d"},
         {"plan_code": 8},
         {"plan_code": 1, "plan_from": "a"},
         {"guidance": 1.0},
@@ -357,3 +358,16 @@ def test_drafts_are_accepted(trained: Path, monkeypatch: pytest.MonkeyPatch) -> 
     one, other = (generate(model, "La niña", draft_len=n, **options) for n in (16, 0))
     assert one == other and len(one.encode()) == 300
     assert next(passes) < 300 + 100
+
+
+def test_generation_leaves_every_submodule_in_its_mode() -> None:
+    """Between two characters too, and with two streams at once."""
+    model = random_model(dropout=0.5).train()
+    model.planner.eval()
+    modes = {name: m.training for name, m in model.named_modules()}
+    one, other = (stream(model, "ab", seed=1, min_new_tokens=20) for _ in range(2))
+    texts = ["", ""]
+    for characters in zip(one, other, strict=True):
+        texts = [text + c for text, c in zip(texts, characters, strict=True)]
+        assert {name: m.training for name, m in model.named_modules()} == modes
+    assert texts[0] == texts[1] == generate(model.eval(), "ab", seed=1, min_new_tokens=20)

@@ -292,3 +292,19 @@ def test_nll_equals_the_log_probs_of_forward() -> None:
     torch.testing.assert_close(mixture, expected)
     assert abs(mixture - network) > 1
     assert y_in[0, 0] == BOS and CONFIG.count_max == 16
+
+
+@settings(max_examples=40)
+@given(TEXTS, TEXTS, st.integers(0, 9))
+def test_numpy_arrays_and_tensors_give_the_same_mixture(text: str, other: str, seed: int) -> None:
+    mixture = random_mixture(text.encode(), seed)
+    ids = torch.tensor([to_ids(other)])
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*ids.shape, 260, generator=rng)
+    states = torch.randn(*ids.shape, 4, generator=rng)
+    found = mixture.find_continuations(ids)
+    with_grad = mixture.log_probs(logits, states, found)
+    with torch.no_grad():
+        without_grad = mixture.log_probs(logits, states, found)
+    assert with_grad.requires_grad and not without_grad.requires_grad
+    torch.testing.assert_close(with_grad.detach(), without_grad, rtol=1e-5, atol=1e-5)

@@ -212,15 +212,19 @@ def pairs(args: argparse.Namespace) -> None:
         use_utf8_stdout()
         sys.stdout.writelines(lines)
         return
-    out = Path(args.out)
-    if not out.parent.is_dir() or out.is_dir():
-        raise HRMError(f"cannot write {out}: give a file in a folder that exists")
+    out = Path(args.out).resolve()
+    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
+        raise HRMError(f"cannot write {args.out}: give a file in a folder that exists")
+    if out.exists() and Path(args.text).exists() and out.samefile(args.text):
+        raise HRMError(f"-o would overwrite {args.text}: give another file")
     n = 0
     with atomic_write(out) as file:
         for line in lines:
             file.write(line.encode())
             n += 1
-    print(f"{n:,} pairs in {out}")
+        if not n:
+            raise HRMError(f"no sentence of at most {args.max_bytes} bytes in {args.text}")
+    print(f"{n:,} pairs in {args.out}")
 
 
 def plans(args: argparse.Namespace) -> None:

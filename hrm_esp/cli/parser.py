@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar
@@ -86,6 +87,10 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake as an HRMError."""
 
     def error(self, message: str) -> NoReturn:
+        known = options(HRMConfig, PretrainConfig, FinetuneConfig)
+        for name in re.findall(r"--(?:no_)?(\w+)", message):
+            if name in known and not known[name].metadata["flag"]:
+                message += f"; {name} has no flag: give --set {name}=VALUE"
         raise HRMError(f"{message} (see {self.prog} --help)")
 
 
@@ -336,13 +341,17 @@ class SetAction(argparse.Action):
         name, equals, text = value.partition("=")
         name = name.strip().replace("-", "_")
         known = options(*self.configs)
-        if not equals or name not in known:
+        if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise HRMError(
-                f"--set {value}: give NAME=VALUE; {hint}{parser.prog} --set help lists the names"
+                f"--set {value}: no such name; {hint}{parser.prog} --set help lists the names"
             )
-        setattr(namespace, name, parse_value(known[name], text.strip()))
+        if not equals:
+            raise HRMError(f"--set {value}: give a value, as in --set {name}=VALUE")
+        if known[name].metadata["flag"] and known[name].default is False:
+            raise HRMError(f"--set {value}: give --{name}")  # --resume and --overwrite
+        setattr(namespace, name, parse_value(known[name], text))
 
 
 def parse_value(f: Field[Any], text: str) -> Any:
@@ -352,9 +361,11 @@ def parse_value(f: Field[Any], text: str) -> Any:
         HRMError: the text is no such value.
     """
     if isinstance(f.default, bool):
-        if text.lower() not in BOOLS:
+        if text.strip().lower() not in BOOLS:
             raise HRMError(f"--set {f.name}: give true or false, not {text!r}")
-        return BOOLS[text.lower()]
+        return BOOLS[text.strip().lower()]
+    if "choices" in f.metadata:
+        return text.strip()
     try:
         return option_type(f)(text)
     except ValueError as error:

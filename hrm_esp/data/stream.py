@@ -43,8 +43,10 @@ def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str, sep: str 
     """Writes the documents of ``files`` to ``out``, each followed by a line feed.
 
     Raises:
-        HRMError: a file cannot be read, or none holds any text.
+        HRMError: a file cannot be read, none holds any text, or an unknown ``sep``.
     """
+    if sep not in LOADERS:
+        raise HRMError(f"sep must be one of {', '.join(LOADERS)}, not {sep!r}")
     n_documents = 0
     for path in files:
         stats = TextStats()

@@ -255,8 +255,8 @@ def sample_tokens(
     setup: GenerationSetup,
     first_index: int = 0,
 ) -> Iterator[SampledToken]:
-    """Yields the tokens of the texts of B prompts as they are sampled. The model is in evaluation
-    mode meanwhile.
+    """Yields the tokens of the texts of B prompts as they are sampled. Between two tokens the model
+    is in the mode that it was in.
 
     Args:
         executor: of the model, possibly in the form of `pack_for_cpu`.
@@ -268,8 +268,17 @@ def sample_tokens(
         if setup.plan is not None and setup.guidance != 1:
             unconditional = new_decoder(model, executor, prompts, replace(setup, plan=None))
             decoder = GuidedDecoder(conditional, unconditional, setup.guidance)
-        rngs = [setup.rng(first_index + i) for i in range(len(prompts))]
-        yield from decode(decoder, setup.params, rngs, setup.draft_len)
+    rngs = [setup.rng(first_index + i) for i in range(len(prompts))]
+    tokens = decode(decoder, setup.params, rngs, setup.draft_len)
+    if not any(m.training for m in model.modules()):
+        yield from tokens
+        return
+    while True:
+        with eval_mode(model):
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token
 
 
 @torch.inference_mode()

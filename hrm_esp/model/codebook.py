@@ -68,8 +68,6 @@ class Codebook(nn.Module):
 
     def update_queue(self, pooled: Sequence[Tensor]) -> None:
         """Adds the pooled states of a training step, (B, D) each, and drops the oldest."""
-        if not pooled:
-            return
         rows = torch.cat(list(pooled))
         rows = rows[rows.isfinite().all(1)]
         if len(rows) and not self.pooled_queue.any():  # the first: fill the queue

@@ -120,6 +120,8 @@ class HRMModel(nn.Module):
     @torch.no_grad()
     def update_running_stats(self, batches: Sequence[RunningStats]) -> None:
         """Updates the codebook's queue and the gate means with the batches of an optimizer step."""
+        if not batches:
+            return
         if self.planner.codebook is not None:
             self.planner.codebook.update_queue([s.pooled for s in batches if s.pooled is not None])
         if self.executor.ngrams is not None:

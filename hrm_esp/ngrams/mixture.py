@@ -17,20 +17,22 @@ This is deleted interpolation (Jelinek & Mercer 1980) with a learned gate: h is 
 (1991, method C): a = 1, b = -1, d = 0, U = 0. M = MAX_NGRAM_MASS keeps every token possible.
 
 `interpolation_weights` unrolls it to p(x) = w_0 p_0(x) + sum over n of w_n c_n(x) / C_n. That is
-the form for tensors; `draft_probs` at the end of this file is the form for a single position, in
-plain Python.
+the form for tensors and NumPy arrays; `draft_probs` at the end of this file is the form for a
+single position, in plain Python.
 
 Shapes: B rows, T positions, R preceding positions, N orders, D = d_model, V = vocab_size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from math import exp, log1p
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import RECENT_ORDERS, HRMConfig
@@ -50,13 +52,15 @@ from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_stats
 
 MAX_NGRAM_MASS = 1 - 2**-12  # M above
 DRAFT_TAIL_MASS = 0.2  # probability mass below which a draft ignores shorter contexts
-EPS = 1e-37  # so that no logarithm is of zero
+EPS = np.float32(1e-37)  # so that no logarithm is of zero
+
+Array = Any  # torch.Tensor or np.ndarray
 
 
 def interpolation_weights(
-    context_count: Tensor, n_continuations: Tensor, gate_logits: Tensor, count_weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Computes the weights of the mixture.
+    context_count: Array, n_continuations: Array, gate_logits: Array, count_weights: Array
+) -> tuple[Array, Array]:
+    """Computes the weights of the mixture, on tensors or on NumPy arrays.
 
     Args:
         context_count, n_continuations, gate_logits: C, D and U h of each context, (..., N).
@@ -65,17 +69,46 @@ def interpolation_weights(
     Returns:
         The weight w_0 of the network, (...), and w_n of each order, (..., N).
     """
-    score = (
-        (context_count + 1).log() * count_weights[:, 0]
-        + (n_continuations + 1).log() * count_weights[:, 1]
-        + count_weights[:, 2]
-        + gate_logits
-    )
-    gates = torch.where(context_count > 0, score.sigmoid(), 0.0)
+    xp = array_module(gate_logits)
+    a, b, d = count_weights.T
+    score = xp.log(context_count + 1) * a + xp.log(n_continuations + 1) * b + d + gate_logits
+    gates = sigmoid(score) * (context_count > 0)
     # remaining[n] = (1 - g_n) (1 - g_{n+1}) ... (1 - g_N)
-    remaining = (1 - gates).flip(-1).cumprod(-1).flip(-1)
-    order_weights = MAX_NGRAM_MASS * gates * F.pad(remaining[..., 1:], (0, 1), value=1.0)
+    remaining = xp.flip(xp.cumprod(xp.flip(1 - gates, (-1,)), -1), (-1,))
+    after = xp.concatenate((remaining[..., 1:], xp.ones_like(remaining[..., :1])), -1)
+    order_weights = MAX_NGRAM_MASS * gates * after
     return 1 - MAX_NGRAM_MASS + MAX_NGRAM_MASS * remaining[..., 0], order_weights
+
+
+def mixture_log_probs(
+    network_log_probs: Array, gate_logits: Array, count_weights: Array, found: Continuations
+) -> Array:
+    """Computes the log-probabilities of all tokens, on tensors or on NumPy arrays.
+
+    Args:
+        network_log_probs: (B, T, V).
+        gate_logits: U h of each order, (B, T, N).
+        count_weights: a, b and d of each order, (N, 3).
+        found: the continuations of the contexts at the B * T positions.
+
+    Returns:
+        (B, T, V).
+    """
+    xp = array_module(gate_logits)
+    network_weight, order_weights = interpolation_weights(
+        found.context_count.reshape(gate_logits.shape),
+        found.n_continuations.reshape(gate_logits.shape),
+        gate_logits,
+        count_weights,
+    )
+    network_weight = network_weight[..., None]
+    mass = order_weights.reshape(-1)[found.context_index] * found.frequency
+    ngram_probs = scatter_sum(mass, found.token_index, network_log_probs.shape)
+    probs = ngram_probs + xp.exp(network_log_probs) * network_weight
+    # Where no context knows a token, its probability may be too small for an exponential.
+    return xp.where(
+        ngram_probs > 0, xp.log(probs + EPS), network_log_probs + xp.log(network_weight)
+    )
 
 
 class NgramMixture(nn.Module):
@@ -157,24 +190,16 @@ class NgramMixture(nn.Module):
         Returns:
             (B, T, V).
         """
-        context_count, n_continuations, context_index, token_index, frequency = (
-            torch.from_numpy(array).to(states.device) for array in found
-        )
-        shape = (*states.shape[:2], -1)
         gate_logits = self.gate_proj(states).float()
-        network_weight, order_weights = interpolation_weights(
-            context_count.view(shape), n_continuations.view(shape), gate_logits, self.count_weights
-        )
         network_log_probs = logits.float().log_softmax(-1)
-        network_weight = network_weight[..., None]
-        mass = order_weights.flatten().index_select(0, context_index) * frequency
-        ngram_probs = torch.zeros_like(network_log_probs).flatten()
-        ngram_probs = ngram_probs.scatter_add(0, token_index, mass).view_as(network_log_probs)
-        probs = torch.addcmul(ngram_probs, network_log_probs.exp(), network_weight)
-        # Where no context knows a token, its probability may be too small for an exponential.
-        return torch.where(
-            ngram_probs > 0, (probs + EPS).log(), network_log_probs + network_weight.log()
+        if states.device.type != "cpu" or torch.is_grad_enabled():
+            found = Continuations(*(torch.from_numpy(a).to(states.device) for a in found))  # type: ignore[arg-type]
+            return mixture_log_probs(network_log_probs, gate_logits, self.count_weights, found)
+        # For the few positions of a decoding step NumPy is several times as fast as PyTorch.
+        mixed = mixture_log_probs(
+            network_log_probs.numpy(), gate_logits.numpy(), self.count_weights.numpy(), found
         )
+        return torch.from_numpy(mixed)
 
     def find_continuations(self, ids: Tensor, preceding_ids: Tensor | None = None) -> Continuations:
         """Finds the continuations of the contexts at each of ids (B, T), after preceding_ids
@@ -191,6 +216,24 @@ class NgramMixture(nn.Module):
     def _recent(self, preceding_ids: Tensor) -> Tensor:
         """Returns the last ``recent_len`` of preceding_ids (B, R)."""
         return preceding_ids[:, max(0, preceding_ids.shape[1] - self.recent_len) :]
+
+
+def array_module(x: Array) -> Any:
+    """Returns torch or NumPy, which name the functions used here alike."""
+    return np if isinstance(x, np.ndarray) else torch
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(np.minimum(-x, 80))) if isinstance(x, np.ndarray) else x.sigmoid()
+
+
+def scatter_sum(values: Array, index: Array, shape: tuple[int, ...]) -> Array:
+    """Sums values (M,) that have the same index (M,) into a new array of a shape."""
+    if isinstance(values, np.ndarray):
+        sums = np.bincount(index, values, math.prod(shape)).astype(np.float32)
+    else:
+        sums = values.new_zeros(math.prod(shape)).scatter_add(0, index, values)
+    return sums.reshape(shape)
 
 
 def draft_probs(

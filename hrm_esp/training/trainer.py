@@ -215,9 +215,9 @@ class Trainer:
                     total, terms = self.loss(batch, sizes)
                 # DistributedDataParallel averages gradients; the total needs their sum.
                 self.scaler.scale(total * world_size()).backward()
+                if self.stage == "finetune" or batch.cross_attends is None:
+                    nll, n_logged = nll + terms.mixture.sum().item(), n_logged + n_targets
             stats.append(terms.stats)
-            if self.stage == "finetune" or batch.cross_attends is None:
-                nll, n_logged = nll + terms.mixture.sum().item(), n_logged + n_targets
             if terms.code_logits is not None:
                 chosen = code_counts(terms.code_logits)
                 counts = chosen if counts is None else counts + chosen
