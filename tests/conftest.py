@@ -1,10 +1,11 @@
 """Shared by the tests: the real command, and small models without zero weights."""
 
+import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,33 @@ def set_flags(**values: object) -> list[str]:
     return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
 
 
+@pytest.fixture(scope="session")
+def command_server() -> Iterator[subprocess.Popen[str]]:
+    script = Path(__file__).parent / "command_server.py"
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        yield server
+        assert server.stdin is not None
+        server.stdin.close()
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Runs ``hrm-esp`` in an empty folder."""
+def run(tmp_path: Path, command_server: subprocess.Popen[str]) -> Run:
+    """Runs ``hrm-esp`` in a process of its own, in an empty folder."""
 
     def run(*args: object, cwd: Path = tmp_path, **keywords: object) -> Any:
-        return subprocess.run(
-            [sys.executable, "-m", "hrm_esp", *map(str, args)],
-            cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=240, **keywords,
-        )  # fmt: skip
+        argv = list(map(str, args))
+        if keywords:
+            return subprocess.run(
+                [sys.executable, "-m", "hrm_esp", *argv],
+                cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=240, **keywords,
+            )  # fmt: skip
+        assert command_server.stdin is not None and command_server.stdout is not None
+        command_server.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd)}) + "\n")
+        command_server.stdin.flush()
+        answer = json.loads(command_server.stdout.readline())
+        return subprocess.CompletedProcess(argv, **answer)
 
     return run
 

@@ -74,10 +74,13 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 
 def shortened(code: str) -> str:
-    """Two steps instead of minutes, small models, and few bytes."""
+    """Two steps instead of minutes, small models, nothing held out, and few bytes."""
     code = re.sub(r"--minutes \S+", "", code)
     code = code.replace("hrm-esp pretrain", f"hrm-esp pretrain --steps 2 {' '.join(SMALL)}")
     code = code.replace("hrm-esp finetune", "hrm-esp finetune --steps 2")
+    code = re.sub(
+        r"(hrm-esp (?:pretrain|finetune)) (?!.*--set help)", r"\1 --set val_fraction=0 ", code
+    )
     code = re.sub(
         r"(hrm-esp (?:pretrain|finetune) (?!.*--resume).*)$", r"\1 --overwrite", code, flags=re.M
     )

@@ -1,4 +1,4 @@
-"""Means of the gate logits after similar contexts: how far the network will trust the counts.
+"""Means of the gate logits after similar contexts: the weight that the counts are likely to get.
 
 A draft is made before the network has run, so the gate logits of its positions are not known yet.
 After the same few tokens they are similar: training keeps running sums of them by the hash of the
