@@ -137,7 +137,8 @@ def generate(
     model: HRMModel, prompt: str, config: GenerationConfig | None = None, **options: Any
 ) -> str:
     """Generates a text and returns it without the prompt. Arguments and errors as in `stream`."""
-    return "".join(stream(model, prompt, config, **options))
+    with eval_mode(model):
+        return "".join(stream(model, prompt, config, **options))
 
 
 def generate_batch(
@@ -232,9 +233,10 @@ def complete(
     """Generates a text for each prompt, all together. Arguments as in `sample_tokens`."""
     tokens: list[list[int]] = [[] for _ in prompts]
     log_probs: list[list[float]] = [[] for _ in prompts]
-    for i, token, log_prob in sample_tokens(model, executor, prompts, setup, first_index):
-        tokens[i].append(token)
-        log_probs[i].append(log_prob)
+    with eval_mode(model):
+        for i, token, log_prob in sample_tokens(model, executor, prompts, setup, first_index):
+            tokens[i].append(token)
+            log_probs[i].append(log_prob)
     stops, completions = [s.decode() for s in setup.params.stop], []
     for prompt, ids, ids_log_probs in zip(prompts, tokens, log_probs, strict=True):
         whole = bytes(i for i in ids if i != EOS).decode()
