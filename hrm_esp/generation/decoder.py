@@ -32,13 +32,15 @@ class DecoderRow:
     ``tokens`` begin with BOS; ``preceding`` is the text before them, for the n-gram counts only.
     ``char_positions``: the character of the answer each token is part of, with cross-attention
     only. ``window_start``: of the window in the cache, -1 if there is none. With n-gram counts
-    ``context`` is the end of the row, and ``matches`` are the contexts at the pending tokens.
+    ``context`` is the end of the text from ``context_start`` on, and ``matches`` are the contexts
+    at the pending tokens.
     """
 
     tokens: list[int]
     preceding: list[int]
     char_positions: list[int]
     window_start: int = -1
+    context_start: int = 0
     context: NgramContext | None = None
     matches: list[ContextMatch] = field(default_factory=list)
 
@@ -84,8 +86,7 @@ class Decoder:
             self.index = self.ngrams.index()
             self.draft_model = DraftModel(self.ngrams)
             for row in self.rows:
-                row.context = self._new_context(row)
-                row.matches = [row.context.match()]
+                self._extend_context(row)
 
     def max_draft_len(self) -> int:
         """Returns how many tokens may be drafted after the pending one: all must fit in one window.
@@ -101,14 +102,8 @@ class Decoder:
             row.tokens.append(token)
             if row.char_positions:
                 row.char_positions.append(row.char_positions[-1] + starts_character(token))
-            if row.context is None:
-                continue
-            n = len(row.tokens)
-            if self._context_start(row, n) == self._context_start(row, n - 1):
-                row.context.append(token)
-            else:
-                row.context = self._new_context(row)
-            row.matches.append(row.context.match())
+            if self.ngrams is not None:
+                self._extend_context(row)
         self.n_pending += 1
 
     @torch.inference_mode()
@@ -189,14 +184,17 @@ class Decoder:
     def _window_start(self, n_tokens: int) -> int:
         return window_start(n_tokens, self.config.max_len)
 
-    def _context_start(self, row: DecoderRow, n_tokens: int) -> int:
-        """Returns where the text whose n-grams are counted begins, when the row has n_tokens."""
-        end = len(row.preceding) + self._window_start(n_tokens)
-        return max(0, end - self.config.recent_len)
-
-    def _new_context(self, row: DecoderRow) -> NgramContext:
-        start = self._context_start(row, len(row.tokens))
-        return NgramContext(self.index, (row.preceding + row.tokens)[start:])
+    def _extend_context(self, row: DecoderRow) -> None:
+        """Adds the last token of a row to its n-gram context, or starts a new one: the text whose
+        n-grams are counted moves with the window."""
+        window_begin = len(row.preceding) + self._window_start(len(row.tokens))
+        start = max(0, window_begin - self.config.recent_len)
+        if row.context is None or start != row.context_start:
+            row.context = NgramContext(self.index, (row.preceding + row.tokens)[start:])
+            row.context_start = start
+        else:
+            row.context.append(row.tokens[-1])
+        row.matches.append(row.context.match())
 
     def _select_encoded(self, index: Tensor) -> EncoderOutput | None:
         if self.encoded is None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ from .hashing import RollingHash, stack_hashes
 MAX_ORDER = 4  # tokens of the longest context
 N_ROWS = 16_381  # per order; a prime, because rows are found by remainders
 DECAY = 0.99  # of the sums, per step
+
+MeanGateLogit = Callable[[int], float]  # by index among the N orders
 
 
 class GateMeans(nn.Module):
@@ -43,19 +44,25 @@ class GateMeans(nn.Module):
             for sums, of_order in zip(self.sums, hashes.flatten(0, 1).T, strict=True):
                 sums.index_add_(0, of_order % N_ROWS, added)
 
-    def lookup(self) -> Callable[[RollingHash], list[float]]:
-        """Returns a function from the end of a sequence to the mean gate logits there, (N,).
+    def lookup(self) -> Callable[[RollingHash], MeanGateLogit]:
+        """Returns a function from the end of a sequence to the mean gate logit of each order there.
 
         With the sum and the count of the gate logits after the last n tokens:
         mean_n = (sum_n + mean_{n-1}) / (count_n + 1), and mean_0 = 0.
         """
-        table = self.sums.cpu().numpy()
+        n_columns = self.sums.shape[-1]
+        sums = self.sums.cpu().numpy().ravel().data  # a draft reads a few numbers of it
 
-        def mean_gate_logits(state: RollingHash) -> list[float]:
-            n = min(MAX_ORDER, state.n_valid)
-            sums = table[np.arange(n), state.hashes[:n] % N_ROWS]
-            weights = (1 / (sums[:, -1] + 1))[::-1].cumprod()[::-1]
-            means: list[float] = (weights @ sums)[:-1].tolist()
-            return means
+        def means_after(state: RollingHash) -> MeanGateLogit:
+            hashes = state.hashes[: min(MAX_ORDER, state.n_valid)].tolist()
+            rows = [(i * N_ROWS + h % N_ROWS) * n_columns for i, h in enumerate(hashes)]
 
-        return mean_gate_logits
+            def mean_gate_logit(order_index: int) -> float:
+                mean = 0.0
+                for row in rows:
+                    mean = (sums[row + order_index] + mean) / (sums[row + n_columns - 1] + 1)
+                return mean
+
+            return mean_gate_logit
+
+        return means_after

@@ -46,7 +46,7 @@ from .context import (
     OrderCounts,
     sort_orders,
 )
-from .gate_means import GateMeans
+from .gate_means import GateMeans, MeanGateLogit
 from .hashing import RollingHash
 from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_stats
 
@@ -238,7 +238,7 @@ def scatter_sum(values: Array, index: Array, shape: tuple[int, ...]) -> Array:
 
 def draft_probs(
     longest_first: Iterable[OrderCounts],
-    gate_logits: Sequence[float],
+    gate_logit: MeanGateLogit,
     count_weights: Sequence[Sequence[float]],
 ) -> dict[int, float]:
     """Computes what the n-gram counts alone add to p_N at one position, from the longest context to
@@ -248,7 +248,7 @@ def draft_probs(
 
     Args:
         longest_first: counts of the contexts at the position, see `NgramIndex.longest_contexts`.
-        gate_logits: U h of each order, (N,).
+        gate_logit: function from an order's index to its U h.
         count_weights: a, b and d of each order, (N, 3).
 
     Returns:
@@ -258,7 +258,7 @@ def draft_probs(
     remaining = 1.0
     for n, context_count, tokens, counts in longest_first:
         a, b, d = count_weights[n]
-        score = a * log1p(context_count) + b * log1p(len(tokens)) + d + gate_logits[n]
+        score = a * log1p(context_count) + b * log1p(len(tokens)) + d + gate_logit(n)
         gate = 1 / (1 + exp(min(-score, 80)))
         scale = remaining * gate / context_count
         for token, count in zip(tokens, counts):  # noqa: B905
