@@ -1,6 +1,5 @@
 """Shared by the tests: the real command, and small models without zero weights."""
 
-import json
 import os
 import random
 import subprocess
@@ -90,38 +89,41 @@ def set_flags(**values: object) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def command_server() -> Iterator[subprocess.Popen[str]]:
-    script = Path(__file__).parent / "command_server.py"
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """``python``, with torch imported already; see command_server.py. Signals do not reach it."""
+    tests, address = Path(__file__).parent, str(tmp_path_factory.mktemp("server") / "socket")
     with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, tests / "command_server.py", address], stdout=subprocess.PIPE
     ) as server:
-        yield server
-        assert server.stdin is not None
-        server.stdin.close()
+        assert server.stdout is not None and server.stdout.readline() == b"ready\n"
+        yield [sys.executable, "-SE", str(tests / "command_client.py"), address]
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def hrm_esp_command(python: list[str]) -> list[str]:
+    """``hrm-esp``, likewise."""
+    return [*python, "-m", "hrm_esp"]
 
 
 @pytest.fixture
-def run(tmp_path: Path, command_server: subprocess.Popen[str]) -> Run:
+def run(tmp_path: Path, hrm_esp_command: list[str]) -> Run:
     """Runs ``hrm-esp`` in a process of its own, in an empty folder."""
 
     def run(*args: object, cwd: Path = tmp_path, **keywords: object) -> Any:
-        argv = list(map(str, args))
-        if keywords:
-            return subprocess.run(
-                [sys.executable, "-m", "hrm_esp", *argv],
-                cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=240, **keywords,
-            )  # fmt: skip
-        assert command_server.stdin is not None and command_server.stdout is not None
-        command_server.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd)}) + "\n")
-        command_server.stdin.flush()
-        answer = json.loads(command_server.stdout.readline())
-        return subprocess.CompletedProcess(argv, **answer)
+        command = hrm_esp_command
+        if "preexec_fn" in keywords:  # of a process that starts anew
+            command = [sys.executable, "-m", "hrm_esp"]
+        return subprocess.run(
+            [*command, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+            encoding="utf-8", timeout=240, **keywords,
+        )  # type: ignore[call-overload]  # fmt: skip
 
     return run
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, hrm_esp_command: list[str]) -> Path:
     """A folder with ``corpus.txt``, ``pairs.tsv`` and ``checkpoints`` of both stages, made by the
     command."""
     folder = tmp_path_factory.mktemp("trained")
@@ -131,5 +133,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("pretrain", "corpus.txt", "--steps", "40", "--batch_size", "4", *SMALL),
         ("finetune", "pairs.tsv", "--steps", "10"),
     ):
-        subprocess.run([sys.executable, "-m", "hrm_esp", *args], cwd=folder, check=True)
+        subprocess.run([*hrm_esp_command, *args], cwd=folder, check=True)
     return folder

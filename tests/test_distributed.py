@@ -1,8 +1,9 @@
-"""Two processes, started by torchrun, that communicate through gloo."""
+"""Two processes that communicate through gloo. Where signals matter, torchrun starts them."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,13 +44,6 @@ sys.exit(status)
 """
 
 
-def command(n_processes: int, *args: object) -> list[str]:
-    start = [sys.executable]
-    if n_processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-    return [*start, *map(str, args)]
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     (tmp_path / "record.py").write_text(RECORD)
@@ -73,27 +67,49 @@ def test_the_shards_of_a_batch_are_the_batch(n: int, size: int, epoch: int, deno
             assert given_rows == sorted(r[r != PAD].tolist() for r in batch.y_out)
 
 
-def recorded(n: int, folder: Path, *args: object) -> np.ndarray:
+def run_ranks(n: int, argv: list[str], cwd: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Runs a command in n processes of one group, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            argv, cwd=cwd, env=os.environ | group | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(n)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=240) for process in processes]
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, *output)
+        for p, output in zip(processes, outputs, strict=True)
+    ]
+
+
+def recorded(python: list[str], n: int, folder: Path, *args: object) -> np.ndarray:
     """Trains in n processes; the loss and the norm of the gradient of each step, (steps, 2)."""
-    out = subprocess.run(
-        command(n, folder.parent / "record.py", *args, "--out_dir", folder), text=True,
-        capture_output=True,
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.count("held out") == 1  # one process alone speaks
+    script = folder.parent / "record.py"
+    ranks = run_ranks(n, [*python, *map(str, (script, *args, "--out_dir", folder))], folder.parent)
+    for out in ranks:
+        assert out.returncode == 0, out.stderr
+    assert "held out" in ranks[0].stdout
+    assert not any(out.stdout for out in ranks[1:])  # one process alone speaks
     return np.array(json.loads((folder / "steps.json").read_text()))
 
 
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 1e-2)])
 def test_two_processes_are_one_with_twice_the_batch(
-    corpus: Path, optimizer: str, tolerance: float
+    python: list[str], corpus: Path, optimizer: str, tolerance: float
 ) -> None:
     """Without noise: in their losses, and in the gradients of text and of text restored."""
     flags = (*SMALL, "--no_gumbel", "--steps", 30, *set_flags(
         ngram_dropout=0, precision="fp32", optimizer=optimizer, denoise=0.3, grad_accum=2
     ))  # fmt: skip
     one, two = (
-        recorded(n, corpus.parent / str(n), "pretrain", corpus, *flags, "--batch_size", 8 // n)
+        recorded(
+            python, n, corpus.parent / str(n), "pretrain", corpus, *flags, "--batch_size", 8 // n
+        )
         for n in (1, 2)
     )
     assert len(one) == 30
@@ -103,17 +119,18 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert saved[0].bytes_seen == saved[1].bytes_seen
 
 
-def test_two_processes_finetune_as_one_does(corpus: Path, trained: Path) -> None:
+def test_two_processes_finetune_as_one_does(python: list[str], corpus: Path, trained: Path) -> None:
     given = ("finetune", trained / "pairs.tsv", "--ckpt", trained / "checkpoints/pretrain_last.pt",
              "--dropout", "0", "--no_gumbel", "--steps", 8)  # fmt: skip
     flags = set_flags(ngram_dropout=0, precision="fp32", optimizer="adamw")
     one, two = (
-        recorded(n, corpus.parent / str(n), *given, *flags, "--batch_size", 4 // n) for n in (1, 2)
+        recorded(python, n, corpus.parent / str(n), *given, *flags, "--batch_size", 4 // n)
+        for n in (1, 2)
     )
     np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
 
 
-def test_processes_with_other_data_are_told_so(corpus: Path) -> None:
+def test_processes_with_other_data_are_told_so(python: list[str], corpus: Path) -> None:
     """Else each would wait for the other."""
     (corpus.parent / "0.txt").write_text(TEXT, encoding="utf-8")
     (corpus.parent / "1.txt").write_text(TEXT[:1500], encoding="utf-8")
@@ -122,19 +139,20 @@ def test_processes_with_other_data_are_told_so(corpus: Path) -> None:
         "import os, sys\nfrom hrm_esp import cli\nrank = os.environ['RANK']\n"
         "sys.exit(cli.main([*sys.argv[1:], rank + '.txt', '--out_dir', 'run' + rank]))"
     )
-    out = subprocess.run(
-        command(2, script, "pretrain", *SMALL, "--epochs", 1), text=True, capture_output=True,
-        cwd=corpus.parent, timeout=100,
-    )  # fmt: skip
-    assert "hrm-esp: error: the processes of this run do not have the same data" in out.stderr
+    ranks = run_ranks(2, [*python, str(script), "pretrain", *SMALL, "--epochs", "1"], corpus.parent)
+    error = "hrm-esp: error: the processes of this run do not have the same data"
+    assert any(error in out.stderr for out in ranks)
 
 
-def start(folder: Path, *args: object) -> "subprocess.Popen[str]":
+def pretrain(folder: Path, *args: object) -> list[str]:
     flags = (*SMALL, "--steps", 60, "--batch_size", 2, "--set", "save_every=0.005", *args)
-    return subprocess.Popen(
-        command(2, "-m", "hrm_esp", "pretrain", folder.parent / "corpus.txt", *flags,
-                "--out_dir", folder), text=True, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    words = ("-m", "hrm_esp", "pretrain", folder.parent / "corpus.txt", *flags, "--out_dir", folder)
+    return [*map(str, words)]
+
+
+def torchrun(argv: list[str]) -> "subprocess.Popen[str]":
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen([*start, *argv], text=True, stderr=subprocess.PIPE)
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
@@ -143,24 +161,26 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.02)
 
 
-def test_stopped_by_the_cluster_and_resumed_it_is_the_same(corpus: Path) -> None:
+def test_stopped_by_the_cluster_and_resumed_it_is_the_same(python: list[str], corpus: Path) -> None:
     whole, part = corpus.parent / "whole", corpus.parent / "part"
-    assert start(whole).wait() == 0
-    process = start(part)
+    process = torchrun(pretrain(part))
     wait_for(part / "pretrain_state.pt", process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
     assert "--resume" in stderr
     assert 0 < load_checkpoint(part / "pretrain_state.pt").step < 60
-    assert start(part, "--resume").wait() == 0
+    for argv in (pretrain(whole), pretrain(part, "--resume")):
+        assert not any(out.returncode for out in run_ranks(2, [*python, *argv], corpus.parent))
     one, other = (load_checkpoint(f / "pretrain_last.pt").weights for f in (whole, part))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_process_that_dies_ends_the_run_and_loses_nothing(corpus: Path) -> None:
+def test_a_process_that_dies_ends_the_run_and_loses_nothing(
+    python: list[str], corpus: Path
+) -> None:
     """It goes on with another number of processes: one."""
     folder = corpus.parent / "run"
-    process = start(folder, "--set", "save_every=60")
+    process = torchrun(pretrain(folder, "--set", "save_every=60"))
     wait_for(folder / "pretrain_best.pt", process)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
@@ -175,9 +195,6 @@ def test_a_process_that_dies_ends_the_run_and_loses_nothing(corpus: Path) -> Non
     assert len(errors) == 1 and "--resume" in errors[0], stderr
     saved = load_checkpoint(folder / "pretrain_state.pt")
     assert 0 < saved.step < 60
-    out = subprocess.run(
-        command(1, "-m", "hrm_esp", "pretrain", corpus, *SMALL, "--steps", 60, "--batch_size", 2,
-                "--out_dir", folder, "--resume"), text=True, capture_output=True,
-    )  # fmt: skip
+    (out,) = run_ranks(1, [*python, *pretrain(folder, "--resume")], corpus.parent)
     assert out.returncode == 0, out.stderr
     assert load_checkpoint(folder / "pretrain_last.pt").step == 60

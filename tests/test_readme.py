@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -91,8 +92,14 @@ def shortened(code: str) -> str:
 
 
 @pytest.mark.parametrize("code", commands(), ids=lambda code: code.split("\n")[0][:50])
-def test_commands_run(folder: Path, code: str) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def test_commands_run(folder: Path, hrm_esp_command: list[str], tmp_path: Path, code: str) -> None:
+    command = tmp_path / "bin" / "hrm-esp"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(hrm_esp_command)} "$@"\n')
+    command.chmod(0o755)
+    path = os.pathsep.join(
+        (str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"])
+    )
     out = subprocess.run(
         ["bash", "-ec", shortened(code)], cwd=folder, env=os.environ | {"PATH": path},
         capture_output=True, text=True, timeout=240,

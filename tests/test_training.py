@@ -507,18 +507,27 @@ def test_all_fields_are_listed_here() -> None:
     assert names == MODEL_OPTIONS.keys() | TRAIN_OPTIONS.keys() | ELSEWHERE
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights after two steps of the default training."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
+    return weights(train_lm(folder / "corpus.txt", CONFIG, options(folder, steps=2)).last)
+
+
 @pytest.mark.parametrize("name", [*MODEL_OPTIONS, *TRAIN_OPTIONS])
-def test_every_hyperparameter_changes_the_training(corpus: Path, tmp_path: Path, name: str) -> None:
+def test_every_hyperparameter_changes_the_training(
+    two_steps: dict[str, torch.Tensor], corpus: Path, tmp_path: Path, name: str
+) -> None:
     model, train = {}, {"steps": 2}
     if name in MODEL_OPTIONS:
         model[name] = MODEL_OPTIONS[name]
     else:
         train[name] = TRAIN_OPTIONS[name]
-    base = train_lm(corpus, CONFIG, options(tmp_path / "base", steps=2))
     other = train_lm(corpus, replace(CONFIG, **model), options(tmp_path / "other", **train))
     if model:
         assert load_checkpoint(other.last).config == replace(CONFIG, cross_attention=True, **model)
-    a, b = weights(base.last), weights(other.last)
+    a, b = two_steps, weights(other.last)
     if {n: w.shape for n, w in a.items()} == {n: w.shape for n, w in b.items()}:
         assert not same(a, b)
 

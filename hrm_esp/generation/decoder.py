@@ -18,7 +18,7 @@ from torch import Tensor
 from ..device import autocast, limit_threads
 from ..model import EncoderOutput, Executor, ExecutorCache, HRMModel
 from ..model.embeddings import character_positions
-from ..ngrams import ContextMatch, DraftModel, NgramContext
+from ..ngrams import ContextMatch, NgramContext, draft_probs
 from ..tokenizer import PAD, starts_character
 from .windows import window_start
 
@@ -84,7 +84,8 @@ class Decoder:
             self.rows.append(DecoderRow(list(tokens), list(before), chars))
         if self.ngrams is not None:
             self.index = self.ngrams.index()
-            self.draft_model = DraftModel(self.ngrams)
+            self.count_weights: list[list[float]] = self.ngrams.count_weights.tolist()
+            self.gate_means = self.ngrams.gate_means.lookup()
             for row in self.rows:
                 self._extend_context(row)
 
@@ -159,12 +160,17 @@ class Decoder:
             row.context.rollback(n)
 
     def draft_probs(self) -> dict[int, float]:
-        """Predicts the token after the last pending one of the only row, by n-gram counts alone.
-        Returns probabilities whose sum is at most one."""
+        """Predicts the token after the last pending one of the only row, by n-gram counts alone;
+        gate logits are replaced by their means after similar contexts. Returns probabilities whose
+        sum is at most one."""
         row = self.rows[0]
         if row.context is None:
             return {}
-        return self.draft_model(row.context.states[-1], row.matches[-1])
+        return draft_probs(
+            self.index.longest_contexts(row.matches[-1]),
+            self.gate_means(row.context.states[-1]),
+            self.count_weights,
+        )
 
     @torch.inference_mode()
     def select(self, indices: Sequence[int]) -> None:

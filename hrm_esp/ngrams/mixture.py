@@ -39,7 +39,6 @@ from ..config import RECENT_ORDERS, HRMConfig
 from ..data.stream import ByteStream
 from ..tokenizer import PAD
 from .context import (
-    ContextMatch,
     Continuations,
     NgramContext,
     NgramIndex,
@@ -47,7 +46,6 @@ from .context import (
     sort_orders,
 )
 from .gate_means import GateMeans, MeanGateLogit
-from .hashing import RollingHash
 from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_stats
 
 MAX_NGRAM_MASS = 1 - 2**-12  # M above
@@ -267,28 +265,3 @@ def draft_probs(
         if remaining < DRAFT_TAIL_MASS:
             break
     return probs
-
-
-class DraftModel:
-    """Predicts the next token of one sequence from n-gram counts, before the network has run.
-
-    In place of the network's gate logits it uses their means after similar contexts.
-    """
-
-    def __init__(self, mixture: NgramMixture) -> None:
-        self.index = mixture.index()
-        self.count_weights: list[list[float]] = mixture.count_weights.tolist()
-        self.gate_means = mixture.gate_means.lookup()
-
-    def __call__(self, state: RollingHash, match: ContextMatch) -> dict[int, float]:
-        """Predicts the next token.
-
-        Args:
-            state, match: the hashes at the end of the sequence, and the contexts found there.
-
-        Returns:
-            Probabilities of tokens; their sum is at most one.
-        """
-        return draft_probs(
-            self.index.longest_contexts(match), self.gate_means(state), self.count_weights
-        )
