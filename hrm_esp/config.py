@@ -14,7 +14,12 @@ from .errors import HRMError
 
 DEFAULT_DIR = "checkpoints"
 DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_GUIDANCE = 512, 0.8, 3.0
-SEPARATORS = ("line", "blank")  # what ends a document
+SEPARATORS = ("line", "blank", "stanza", "file")  # what ends a document
+SEP_HELP = (
+    "what ends a document. line: each line; blank: a blank line, line breaks are spaces (wrapped "
+    "books); stanza: a blank line, line breaks are kept (verse, dialogue, code); file: the end of "
+    "the file"
+)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 RECENT_ORDERS = (4, 6, 10)  # orders of the n-grams counted in the text just read
 
@@ -124,8 +129,11 @@ class HRMConfig:
         low=0,
     )
     dropout: float = option(0.0, "model", "dropout rate", low=0, below=1)
-    # Not an option: PretrainConfig.denoise and FinetuneConfig.context decide it.
+    # Not options: PretrainConfig.denoise and FinetuneConfig.context decide the first,
+    # PretrainConfig.sep and the pairs of finetuning the others.
     cross_attention: bool = field(default=False, metadata={"hidden": True})
+    sep: str = field(default="line", metadata={"hidden": True, "choices": SEPARATORS})
+    line_breaks: bool = field(default=False, metadata={"hidden": True})  # inside documents
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -263,12 +271,11 @@ class TrainConfig:
 class PretrainConfig(TrainConfig):
     """Options of pretraining."""
 
-    sep: str = option(
-        "line",
-        "data",
-        "what ends a document: each line, or a blank line (for books with wrapped lines)",
-        choices=SEPARATORS,
-    )
+    sep: str = option("line", "data", SEP_HELP, choices=SEPARATORS)
+    keep_licence: bool = option(
+        False, "data", "keep the licence of Project Gutenberg, which is cut off otherwise",
+        flag=False,
+    )  # fmt: skip
     planner_input: str = option(
         "same",
         "data",
@@ -294,6 +301,17 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """Options of finetuning."""
 
+    prompt_col: str | None = option(
+        None,
+        "data",
+        "column of the prompts: its name in the header, or its number from 1 (default: found out)",
+        metavar="NAME",
+        type=str,
+    )
+    target_col: str | None = option(
+        None, "data", "column of the targets (default: found out)", metavar="NAME", type=str
+    )
+    lm: bool = option(False, "data", "take rows without a target as plain text on purpose")
     batch_size: int = option(
         2, "training", "size of a batch of pairs per process, in units of max_len bytes", low=1
     )

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data import encode_prompt, load_corpus_lines, pad, prompt_tokens
+from ..data import encode_prompt, is_table, load_documents, pad, prompt_tokens, read_table
 from ..device import eval_mode
 from ..errors import HRMError
 from ..evaluation import perplexity
-from ..evaluation.scoring import is_table
 from ..model import HRMModel
 
 BATCH_SIZE = 64
@@ -50,7 +49,10 @@ def compute_plans(model: HRMModel, texts: Sequence[str]) -> Plans:
     with eval_mode(model):
         for begin in range(0, len(texts), BATCH_SIZE):
             batch = texts[begin : begin + BATCH_SIZE]
-            prompts = [prompt_tokens(encode_prompt(t, model.config.max_len)) for t in batch]
+            config = model.config
+            prompts = [
+                prompt_tokens(encode_prompt(t, config.max_len, config.line_breaks)) for t in batch
+            ]
             plan, logits = model.planner(pad(prompts).to(model.device))
             vectors.append(plan.float().cpu().numpy())
             if logits is not None:
@@ -60,15 +62,33 @@ def compute_plans(model: HRMModel, texts: Sequence[str]) -> Plans:
     )
 
 
-def read_texts(arguments: Sequence[str]) -> Iterator[str]:
-    """Yields the lines of arguments that are files (of a ``.tsv`` the prompts), and other arguments
-    as they are."""
+def read_texts(arguments: Sequence[str], sep: str = "line") -> Iterator[str]:
+    """Yields the documents of arguments that are files (of a table the prompts), and other
+    arguments as they are.
+
+    Args:
+        sep: what ends a document, see `load_documents`.
+    """
     for argument in arguments:
         if not Path(argument).is_file():
             yield argument
+        elif is_table(argument):
+            yield from read_table(argument, prompts_only=True).prompts()
         else:
-            for line in load_corpus_lines(argument):
-                yield line.split("\t")[0] if is_table(argument) else line
+            yield from load_documents(argument, sep=sep)
+
+
+def as_dicts(plans: Plans) -> Iterator[dict[str, Any]]:
+    """Yields each text and its plan: the ``vector`` (P,), and with a codebook the ``probabilities``
+    (K,) of the codes and the most likely ``code``; without one these are ``None``."""
+    for i, text in enumerate(plans.texts):
+        probs = None if plans.code_probs is None else plans.code_probs[i]
+        yield {
+            "text": text,
+            "code": None if probs is None else int(probs.argmax()),
+            "probabilities": None if probs is None else [round(float(p), 6) for p in probs],
+            "vector": [round(float(x), 6) for x in plans.vectors[i]],
+        }
 
 
 def report(plans: Plans) -> Iterator[str]:
@@ -131,6 +151,7 @@ def report_neighbors(plans: Plans) -> Iterator[str]:
 
 
 def shorten(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ from .parser import from_args, options
 from .rank import RANK
 
 if TYPE_CHECKING:
+    from ..data import Table
+    from ..generation import Completion
     from ..model import HRMModel
     from ..training import TrainResult
 
@@ -70,7 +73,7 @@ def finetune(args: argparse.Namespace) -> None:
         start = from_args(HRMConfig, args, **SIZES[args.size or "small"])
     elif start is None:
         start = find_checkpoint(DEFAULT_DIR, ("pretrain",))
-    print_result(train_ft(args.tsv or NUMBERS, start, train_options, val=args.val, device=device))
+    print_result(train_ft(args.table or NUMBERS, start, train_options, val=args.val, device=device))
 
 
 def print_result(result: TrainResult) -> None:
@@ -101,6 +104,8 @@ def generate(args: argparse.Namespace) -> None:
         raise HRMError("give --prompt or --prompts, not both")
     if args.num_samples < 1 or args.batch_size < 1:
         raise HRMError("num_samples and batch_size must be at least 1")
+    if args.out is not None:
+        check_out(args)
     prompt = drop_stray_bytes(args.prompt or "")
     if "stop" in args:
         args.stop = [drop_stray_bytes(s) for s in args.stop]
@@ -110,11 +115,15 @@ def generate(args: argparse.Namespace) -> None:
     from ..generation import generate_batch, stream
 
     mode = config.mode_for(model.stage)
-    prompts = [prompt] if args.prompts is None else read_prompts(args.prompts, args.encoding)
+    table = None
+    prompts: Iterable[str] = [prompt]
+    if args.prompts is not None:
+        table = read_prompt_table(args)
+        prompts = read_prompts(args.prompts, args.encoding) if table is None else table.prompts()
     if mode == "answer":
         prompts = warn_if_cut(prompts, model.config.max_len)
     use_utf8_stdout()
-    if args.prompts is None and args.num_samples == 1 and not args.json:
+    if args.prompts is None and args.num_samples == 1 and not args.json and args.out is None:
         (prompt,) = prompts
         characters = stream(model, prompt, config)
         if mode == "continue":
@@ -128,13 +137,73 @@ def generate(args: argparse.Namespace) -> None:
     completions = generate_batch(
         model, prompts, config, num_samples=args.num_samples, batch_size=args.batch_size
     )
+    if args.out is not None:
+        write_completions(completions, table, args)
+        return
     for completion in completions:
+        text = completion.prompt * (mode == "continue") + completion.text
         if args.json:
-            line = json.dumps(completion.as_dict(), ensure_ascii=False)
+            print(json.dumps(completion.as_dict(), ensure_ascii=False), flush=True)
+        elif model.config.line_breaks:
+            print(f"{text}\n", flush=True)  # a blank line between two texts
         else:
-            text = completion.prompt * (mode == "continue") + completion.text
-            line = " ".join(text.splitlines())  # one text per line
-        print(line, flush=True)
+            print(" ".join(text.splitlines()), flush=True)  # one text per line
+
+
+def read_prompt_table(args: argparse.Namespace) -> Table | None:
+    """Reads the table of --prompts, if its name is that of one."""
+    from ..data import is_table, read_table
+
+    if not is_table(args.prompts):
+        if args.prompt_col is not None:
+            raise HRMError("--prompt_col needs a table: give --prompts FILE.csv, .tsv or .jsonl")
+        return None
+    table = read_table(args.prompts, args.encoding, args.prompt_col, prompts_only=True)
+    print(table.describe(), file=sys.stderr)
+    return table
+
+
+def write_completions(
+    completions: Iterable[Completion], table: Table | None, args: argparse.Namespace
+) -> None:
+    """Writes the rows of the table of --prompts, or the prompts, with a column of the texts."""
+    from ..data import write_table
+
+    n = 0
+
+    def rows() -> Iterator[list[str | None]]:
+        nonlocal n
+        for completion in completions:
+            cells: list[str | None] = [completion.prompt]
+            if table is not None:
+                cells = table.cells[n // args.num_samples]
+                cells = cells + [None] * (len(names) - 1 - len(cells))
+            n += 1
+            yield [*cells, completion.text]
+
+    names = ["prompt"] if table is None else table.column_names()
+    names = [*names, unused_name("answer", names)]
+    separator = "," if table is None else table.separator
+    write_table(args.out, names, rows(), separator if separator in (";", ",") else ",")
+    print(f"{n:,} texts in {args.out}")
+
+
+def unused_name(name: str, names: Sequence[str]) -> str:
+    """Returns ``name``, or with a number if there is a column of this name."""
+    candidates = (name if i == 1 else f"{name}_{i}" for i in itertools.count(1))
+    return next(candidate for candidate in candidates if candidate not in names)
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Raises HRMError if the table of -o cannot be written."""
+    from ..data import check_table_name
+
+    if args.json:
+        raise HRMError("give --json or -o, not both")
+    check_table_name(args.out)
+    exist = args.prompts and Path(args.prompts).exists() and Path(args.out).exists()
+    if exist and Path(args.out).samefile(args.prompts):
+        raise HRMError(f"-o would overwrite {args.prompts}: give another file")
 
 
 def drop_stray_bytes(argument: str) -> str:
@@ -158,13 +227,10 @@ def read_prompts(path: str, encoding: str) -> Iterator[str]:
     from ..data.text import TextStats, read_lines
 
     stats = TextStats()
-    yield from read_lines(path, encoding, stats)
-    if stats.undecodable:
-        print(
-            f"warning: skipped {stats.undecodable:,} bytes that are not {encoding}: check "
-            "--encoding",
-            file=sys.stderr,
-        )
+    for line in read_lines(path, encoding, stats):
+        stats.add(line)
+        yield line
+    stats.report(path, encoding)
 
 
 def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
@@ -191,6 +257,10 @@ def evaluate(args: argparse.Namespace) -> None:
         args.file,
         encoding=args.encoding,
         sep=args.sep,
+        keep_licence=args.keep_licence,
+        prompt_col=args.prompt_col,
+        target_col=args.target_col,
+        lm=args.lm,
         precision=args.precision,
         batch_size=args.batch_size,
         show_progress=True,
@@ -230,15 +300,16 @@ def pairs(args: argparse.Namespace) -> None:
 def plans(args: argparse.Namespace) -> None:
     model = load_model(args)
 
-    from ..analysis.plans import compute_plans, draw_map, read_texts, report
+    from ..analysis.plans import as_dicts, compute_plans, draw_map, read_texts, report
 
-    found = compute_plans(model, list(read_texts(args.texts)))
+    found = compute_plans(model, list(read_texts(args.texts, model.config.sep)))
     use_utf8_stdout()
-    for line in report(found):
+    lines = (json.dumps(d, ensure_ascii=False) for d in as_dicts(found))
+    for line in lines if args.json else report(found):
         print(line)
     if args.out is not None:
         draw_map(found, args.out)
-        print(f"\n{args.out}")
+        print(f"\n{args.out}", file=sys.stderr if args.json else sys.stdout)
 
 
 def plot(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ..errors import HRMError, Interrupted, PeerLost
 from .commands import COMMANDS
-from .parser import build_parser
+from .parser import build_parser, expand_options
 from .rank import RANK
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     argv = [normalize_flag(a) for a in (sys.argv[1:] if argv is None else argv)]
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(expand_options(argv))
     except HRMError as error:  # the same in all processes: only the first reports it
         return 2 if RANK else report_error(str(error))
     try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar
@@ -16,6 +15,7 @@ from .. import __version__
 from ..config import (
     DEFAULT_DIR,
     PRECISIONS,
+    SEP_HELP,
     SEPARATORS,
     SIZES,
     FinetuneConfig,
@@ -42,7 +42,8 @@ examples:
 examples:
   hrm-esp pretrain corpus.txt
   hrm-esp pretrain books/ --val held_out.txt --minutes 60
-  hrm-esp pretrain old.txt --encoding latin-1 --size tiny --epochs 3
+  hrm-esp pretrain old.txt --encoding cp1252 --size tiny --epochs 3
+  hrm-esp pretrain poems.txt --sep stanza
   hrm-esp pretrain corpus.txt --set optimizer=adamw --set lr=1e-3
 """,
     "finetune": """\
@@ -50,7 +51,7 @@ examples:
   hrm-esp finetune data.tsv
   hrm-esp finetune data.tsv --ckpt checkpoints/pretrain_last.pt --minutes 15
   hrm-esp finetune data.tsv --from_scratch --size tiny
-  hrm-esp finetune data.tsv --context plan --no_gumbel
+  hrm-esp finetune data.csv --prompt_col frase --target_col corregida
 """,
     "generate": """\
 examples:
@@ -58,12 +59,12 @@ examples:
   hrm-esp generate --prompt "La casa" --temperature 0.6 --top_k 40 --seed 1
   hrm-esp generate --ckpt checkpoints/pretrain_best.pt --mode continue --max_new_tokens 200
   hrm-esp generate --prompt "Había una vez" --num_samples 5 --stop "."
-  hrm-esp generate --prompts questions.txt --json > answers.jsonl
+  hrm-esp generate --prompts questions.csv -o answers.csv
 """,
     "evaluate": """\
 examples:
   hrm-esp evaluate book.txt
-  hrm-esp evaluate held_out.tsv --ckpt checkpoints/finetune_best.pt --json
+  hrm-esp evaluate held_out.csv --ckpt checkpoints/finetune_best.pt --json
 """,
     "pairs": """\
 examples:
@@ -74,6 +75,7 @@ examples:
 examples:
   hrm-esp plans corpus.txt
   hrm-esp plans "Había una vez" "El mar está lejos" -o map.png
+  hrm-esp plans corpus.txt --json > plans.jsonl
 """,
     "plot": """\
 examples:
@@ -87,10 +89,6 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake as an HRMError."""
 
     def error(self, message: str) -> NoReturn:
-        known = options(HRMConfig, PretrainConfig, FinetuneConfig)
-        for name in re.findall(r"--(?:no_)?(\w+)", message):
-            if name in known and not known[name].metadata["flag"]:
-                message += f"; {name} has no flag: give --set {name}=VALUE"
         raise HRMError(f"{message} (see {self.prog} --help)")
 
 
@@ -137,11 +135,13 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "tsv", nargs="?", help="rows of prompt TAB target (default: the bundled numbers)"
+        "table",
+        nargs="?",
+        help="prompts and targets: .tsv, .csv or .jsonl, .gz too (default: the bundled numbers)",
     )
     groups = {name: parser.add_argument_group(name) for name in TRAIN_GROUPS}
     groups["data"].add_argument(
-        "--val", metavar="FILE", help="held-out TSV (default: some of the rows)"
+        "--val", metavar="FILE", help="held-out table (default: some of the rows)"
     )
     groups["model"].add_argument(
         "--ckpt",
@@ -163,13 +163,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     groups = {n: parser.add_argument_group(n) for n in ("input", "sampling", "plan", "run")}
     add = groups["input"].add_argument
     add("--prompt", help="text to continue or to answer (default: empty)")
-    add("--prompts", metavar="FILE", help="a prompt per line; - is standard input")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt per line, or a table (.tsv, .csv, .jsonl); - is standard input",
+    )
+    add("--prompt_col", metavar="NAME", help="column of the prompts in a table: name or number")
     add("--encoding", default="utf-8", help="encoding of the --prompts file (default: utf-8)")
     add("--num_samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
     add(
         "--json",
         action="store_true",
         help="a JSON object per text: prompt, text, logprob, logprobs, finish_reason",
+    )
+    add(
+        "-o",
+        "--out",
+        metavar="FILE",
+        help="write a table here (.csv, .tsv, .jsonl): the prompts, and a column with the texts",
     )
     _add_ckpt(groups["input"])
     add_fields(groups, GenerationConfig)
@@ -181,7 +192,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="a text, or a .tsv of pairs; .gz too")
+    parser.add_argument("file", help="a text, or a table of pairs (.tsv, .csv, .jsonl); .gz too")
     _add_ckpt(parser)
     groups = {name: parser.add_argument_group(name) for name in ("data", "results", "run")}
     add = groups["data"].add_argument
@@ -189,9 +200,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add(
         "--sep",
         choices=SEPARATORS,
-        default="line",
-        help="what ends a document of a text: each line, or a blank line (default: line)",
+        help=f"of a text: {SEP_HELP} (default: as in pretraining)",
     )
+    add("--keep_licence", action="store_true", help="keep Project Gutenberg's licence in a text")
+    add("--prompt_col", metavar="NAME", help="column of the prompts: name or number from 1")
+    add("--target_col", metavar="NAME", help="column of the targets")
+    add("--lm", action="store_true", help="rows without a target are plain text on purpose")
     add = groups["results"].add_argument
     add("--json", action="store_true", help="print a JSON object")
     add("--predictions", metavar="FILE", help="write prompt, target and answer of each row here")
@@ -218,7 +232,12 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
 
 def _add_plans(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "texts", nargs="+", metavar="TEXT", help="a text, or a file with a text per line (or .tsv)"
+        "texts", nargs="+", metavar="TEXT", help="a text, a text file, or a table of prompts"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="a JSON object per text: text, code, probabilities of the codes, vector",
     )
     _add_ckpt(parser)
     parser.add_argument("-o", "--out", metavar="FILE", help="draw a map: .png, .svg or .pdf")
@@ -352,6 +371,35 @@ class SetAction(argparse.Action):
         if known[name].metadata["flag"] and known[name].default is False:
             raise HRMError(f"--set {value}: give --{name}")  # --resume and --overwrite
         setattr(namespace, name, parse_value(known[name], text))
+
+
+def expand_options(argv: Sequence[str]) -> list[str]:
+    """Replaces ``--name value`` by ``--set name=value`` for the hyperparameters of training that
+    have no flag; for one that is true or false, also ``--name`` and ``--no_name``."""
+    if not argv or argv[0] not in ("pretrain", "finetune"):
+        return list(argv)
+    known = {
+        name: f
+        for name, f in options(HRMConfig, PretrainConfig, FinetuneConfig).items()
+        if not f.metadata["flag"]
+    }
+    words, expanded = iter(argv), []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").removeprefix("no_")
+        if (
+            not flag.startswith("--")
+            or name not in known
+            or argv[0] not in ("pretrain", "finetune")
+        ):
+            expanded.append(word)
+            continue
+        if isinstance(known[name].default, bool) and not equals:
+            value = "false" if flag.startswith("--no_") else "true"
+        elif not equals:
+            value = next(words, "")
+        expanded += ["--set", f"{name}={value}"]
+    return expanded
 
 
 def parse_value(f: Field[Any], text: str) -> Any:

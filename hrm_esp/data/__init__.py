@@ -26,7 +26,16 @@ from .stream import as_inputs as as_inputs
 from .stream import as_targets as as_targets
 from .stream import load_stream as load_stream
 from .stream import split_stream as split_stream
+from .table import Table as Table
+from .table import check_table_name as check_table_name
+from .table import is_table as is_table
+from .table import read_table as read_table
+from .table import write_table as write_table
 from .text import TextStats as TextStats
+from .text import document_bytes as document_bytes
+from .text import document_text as document_text
+from .text import encode_continuation as encode_continuation
 from .text import load_corpus_lines as load_corpus_lines
+from .text import load_documents as load_documents
 from .text import to_bytes as to_bytes
 from .text import truncate_utf8 as truncate_utf8

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..files import PathLike
 from .corruption import strip_accents
-from .text import TextStats, load_corpus_lines
+from .text import TextStats, load_documents
 
 
 def sentences(path: PathLike, max_bytes: int = 300, encoding: str = "utf-8") -> Iterator[str]:
@@ -18,12 +18,12 @@ def sentences(path: PathLike, max_bytes: int = 300, encoding: str = "utf-8") -> 
         HRMError: the file is missing, a folder, or not text.
     """
     stats = TextStats()
-    for line in load_corpus_lines(path, encoding, stats):
+    for line in load_documents(path, encoding, "line", stats):
         line = unicodedata.normalize("NFC", re.sub(r"\s+", " ", line.strip()))
         for sentence in re.split(r"(?<=[.!?…]) ", line):
             if 0 < len(sentence.encode()) <= max_bytes:
                 yield sentence
-    stats.report_undecodable(path, encoding)
+    stats.report(path, encoding)
 
 
 def accent_pairs(

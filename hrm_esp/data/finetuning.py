@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ..console import print0
-from ..errors import HRMError
 from ..files import PathLike
 from .batch import WHOLE, Batch, Pair, Shard, collate_pairs, collate_shard, group_by_length
 from .stream import VAL_FRACTION
-from .text import TextStats, load_corpus_lines, to_bytes, truncate_utf8
+from .table import read_table
+from .text import document_bytes, truncate_utf8
 
 MIN_VAL_PAIRS = 50  # pairs held out by default, if that is at most a fifth of all
 
 
-def encode_prompt(prompt: str, max_len: int) -> bytes:
-    """Returns a prompt to be answered as bytes: NFC, line breaks as spaces, cut to ``max_len``."""
-    return truncate_utf8(to_bytes(re.sub("[\r\n]+", " ", prompt)), max_len)
+def encode_prompt(prompt: str, max_len: int, line_breaks: bool = False) -> bytes:
+    """Returns a prompt to be answered as bytes, in NFC, cut to ``max_len``. Its line breaks are
+    spaces, unless the model knows ``line_breaks``."""
+    if not line_breaks:
+        prompt = re.sub("[\r\n]+", " ", prompt)
+    return truncate_utf8(document_bytes(prompt), max_len)
 
 
 class TSVDataset(Sequence[Pair]):
@@ -73,28 +76,41 @@ class TSVDataset(Sequence[Pair]):
                 yield n_done, collate_shard(groups[i], self.max_len, shard)
 
 
-def dataset_tsv(path: PathLike, max_len: int = 512, *, encoding: str = "utf-8") -> TSVDataset:
-    """Reads ``prompt TAB target`` rows. Further tabs belong to the target; blank lines are skipped.
+def dataset_tsv(
+    path: PathLike,
+    max_len: int = 512,
+    *,
+    encoding: str = "utf-8",
+    prompt_col: str | None = None,
+    target_col: str | None = None,
+    lm: bool = False,
+) -> TSVDataset:
+    """Reads a table of prompts and targets, and prints how it was understood: see `read_table`.
 
-    A row without a target has its prompt as target (pure LM). A pair longer than ``max_len`` is
-    cut, and a warning counts such pairs.
+    A row without a target has its prompt as target (pure LM), with a warning unless ``lm`` says
+    that this is meant. A pair longer than ``max_len`` is cut, and a warning counts such pairs.
 
     Raises:
-        HRMError: the file is missing, a folder, not text, or has no rows.
+        HRMError: the file is missing, a folder, not a table, or has no rows.
     """
-    stats = TextStats()
+    table = read_table(path, encoding, prompt_col, target_col)
+    print0(table.describe())
     pairs, n_cut = [], 0
-    for line in load_corpus_lines(path, encoding, stats):
-        data = to_bytes(line)
-        prompt, _, target = data.partition(b"\t")
-        lm = not target.strip()
-        if lm:
+    for prompt_text, target_text in table.rows():
+        prompt, target = document_bytes(prompt_text), document_bytes(target_text)
+        is_plain_text = not target.strip()
+        if is_plain_text:
             target = prompt
-        pairs.append(Pair(truncate_utf8(prompt, max_len), truncate_utf8(target, max_len), lm))
+        pairs.append(
+            Pair(truncate_utf8(prompt, max_len), truncate_utf8(target, max_len), is_plain_text)
+        )
         n_cut += len(prompt) > max_len or len(target) > max_len
-    stats.report_undecodable(path, encoding)
-    if not pairs:
-        raise HRMError(f"no rows in {path}: give one 'prompt TAB target' per line")
+    n_plain = sum(pair.lm for pair in pairs)
+    if n_plain and not lm:
+        print0(
+            f"warning: {path}: {n_plain:,} of {len(pairs):,} rows have no target and are read as "
+            "plain text; give --lm if this is meant"
+        )
     if n_cut:
         print0(
             f"warning: {path}: cut {n_cut:,} of {len(pairs):,} pairs, which are longer than "

@@ -9,23 +9,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from .stream import BREAK, ByteStream
+from .text import LINE_BREAK
 
 CHUNK_BYTES = 2**24  # read at once: a corpus may be larger than memory
 SAMPLE_BYTES = 2**22  # from all parts of the corpus, for statistics of words and lines
 MAX_COUNTED_LENGTH = 4096  # longer documents share one bin of the histogram
 SPANISH = re.compile(rb"\b(?:de|la|que|el|en|y|los|se)\b", re.IGNORECASE)
-GUTENBERG = re.compile(rb"\*\*\* ?(?:START|END) OF TH", re.IGNORECASE)
+SENTENCE_END = re.compile(rb"[.!?:\xbb\"]\s*$|\xe2\x80[\xa6\x9d]\s*$")  # ... and quotes, too
 MIN_COMMON_WORDS = 12  # in 1,000 bytes: Spanish prose has about 40, English 2
 MIN_BYTES_PER_WEIGHT = 1 / 20  # with less text the model overfits
+N_TINY_WEIGHTS = 1_500_000  # a model of size tiny has fewer
+MIN_LINE_BYTES = 20  # of a line that is compared with others
 
 
 @dataclass(frozen=True)
 class CorpusStats:
     """Statistics of a corpus.
 
-    Lengths are in bytes. ``repeated`` is the share of a sample in lines that occurred before,
-    ``common_words`` the number of common Spanish words in 1,000 bytes, ``has_licence`` whether
-    Project Gutenberg's licence is part of the text.
+    Lengths are in bytes. ``hard_wrapped``: most lines end at one width. ``like_verse``: short lines
+    of several words, most of which are not the end of a sentence. ``repeated`` is the share of a
+    sample in lines that occurred before, ``common_words`` the number of common Spanish words in
+    1,000 bytes.
     """
 
     documents: int
@@ -33,34 +37,44 @@ class CorpusStats:
     median: int
     longest: int
     hard_wrapped: bool
+    like_verse: bool
     repeated: float
     common_words: float
-    has_licence: bool
 
     def __str__(self) -> str:
+        if self.documents == 1:
+            return f"one document of {self.bytes:,} bytes"
         return (
             f"{self.documents:,} documents, {self.bytes:,} bytes; "
             f"median length {self.median:,} bytes, longest {self.longest:,}"
         )
 
-    def warnings(self, n_parameters: int) -> Iterator[str]:
-        """Yields what may go wrong, with the flag that helps."""
-        if self.hard_wrapped:
-            yield "many short lines of similar length: if paragraphs are wrapped, give --sep blank"
+    def warnings(self, n_parameters: int, sep: str = "line") -> Iterator[str]:
+        """Yields what may go wrong, with the flag that helps.
+
+        Args:
+            n_parameters: of the model.
+            sep: what ended a document of the corpus.
+        """
+        if self.hard_wrapped and sep == "line":
+            yield (
+                "many short lines of similar length: if paragraphs are wrapped, give --sep blank; "
+                "if it is verse, --sep stanza"
+            )
+        elif self.like_verse and sep == "line":
+            yield (
+                "many short lines of uneven length, each a document of its own: for verse, "
+                "dialogue or code give --sep stanza, which keeps the line breaks"
+            )
         if self.repeated > 0.3:
             yield f"{self.repeated:.0%} of the text is repeated lines: remove the copies"
         if self.common_words < MIN_COMMON_WORDS:
             yield "this does not look like Spanish: check --encoding"
-        if self.has_licence:
-            yield (
-                "the licence of Project Gutenberg is part of the text: remove what is before "
-                "*** START and after *** END"
-            )
         if self.bytes < n_parameters * MIN_BYTES_PER_WEIGHT:
-            yield (
-                f"little text for {n_parameters:,} weights, which may memorize it: "
-                "give --size tiny, or more text"
+            advice = (
+                "give --size tiny, or more text" if n_parameters > N_TINY_WEIGHTS else "give more"
             )
+            yield f"little text for {n_parameters:,} weights, which may memorize it: {advice}"
 
 
 def corpus_stats(stream: ByteStream) -> CorpusStats:
@@ -75,6 +89,9 @@ def corpus_stats(stream: ByteStream) -> CorpusStats:
         clipped = np.minimum(lengths, MAX_COUNTED_LENGTH)
         histogram += np.bincount(clipped, minlength=MAX_COUNTED_LENGTH + 1)
         longest = max(longest, int(lengths.max(initial=0)))
+    if since_break:  # the end of a document that was cut
+        histogram[min(since_break, MAX_COUNTED_LENGTH)] += 1
+        longest = max(longest, since_break)
     documents = int(histogram.sum())
     cumulative = histogram.cumsum() / max(1, documents)
     median, wide = int(cumulative.searchsorted(0.5)), int(cumulative.searchsorted(0.95))
@@ -86,9 +103,9 @@ def corpus_stats(stream: ByteStream) -> CorpusStats:
         median=median,
         longest=longest,
         hard_wrapped=bool(documents > 100 and 50 <= wide <= 100 and nearly_as_wide > 0.5),
+        like_verse=looks_like_verse(sample),
         repeated=repeated_share(sample),
         common_words=1000 * len(SPANISH.findall(sample)) / max(1, len(sample)),
-        has_licence=GUTENBERG.search(sample) is not None,
     )
 
 
@@ -102,12 +119,41 @@ def sample_chunks(stream: ByteStream, n_chunks: int = 64) -> Iterator[bytes]:
         yield bytes(stream[start : start + size])
 
 
+def looks_like_verse(sample: bytes) -> bool:
+    """Whether most lines are short, of several words, and not the end of a sentence. Lists of words
+    and lists of sentences are no verse."""
+    lines = [line for line in sample.split(b"\n") if line]
+    if len(lines) < 20:
+        return False
+    lengths = sorted(map(len, lines))
+    n_words = sum(line.count(b" ") + 1 for line in lines) / len(lines)
+    n_ends = sum(SENTENCE_END.search(line) is not None for line in lines)
+    return lengths[len(lines) * 9 // 10] <= 70 and n_words >= 3 and n_ends < 0.6 * len(lines)
+
+
+def split_breaks(text: bytes) -> list[bytes]:
+    """Splits a part of a stream at the ends of documents and at line breaks inside them."""
+    return text.replace(LINE_BREAK.encode(), b"\n").split(b"\n")
+
+
 def repeated_share(sample: bytes) -> float:
-    """Returns the share of a text in lines of 20 bytes or more that occurred before."""
+    """Returns the share of a text in lines of MIN_LINE_BYTES or more that occurred before."""
     seen: set[bytes] = set()
     n_repeated = 0
-    for line in sample.split(b"\n"):
-        if len(line) >= 20:
+    for line in split_breaks(sample):
+        if len(line) >= MIN_LINE_BYTES:
             n_repeated += len(line) * (line in seen)
             seen.add(line)
     return n_repeated / max(1, len(sample))
+
+
+def shared_lines(stream: ByteStream, held_out: ByteStream) -> float:
+    """Returns the share of a held-out text in lines of MIN_LINE_BYTES or more that a stream also
+    has; the whole stream is read."""
+    lines = [line for line in split_breaks(bytes(held_out)) if len(line) >= MIN_LINE_BYTES]
+    missing, remainder = set(lines), b""
+    for start in range(0, len(stream), CHUNK_BYTES):
+        *whole, remainder = split_breaks(remainder + bytes(stream[start : start + CHUNK_BYTES]))
+        missing.difference_update(whole)
+    missing.discard(remainder)
+    return sum(len(line) for line in lines if line not in missing) / max(1, len(held_out))

@@ -1,7 +1,8 @@
 """A corpus as one stream of bytes, memory-mapped from disk.
 
-A document is one non-empty line. Byte 10 (line feed) ends each document in the stream: as an input
-of the model it is BOS, as a target it is EOS. So the stream has one token per byte.
+A document is one non-empty line, or what ``sep`` says. Byte 10 (line feed) ends each document in
+the stream: as an input of the model it is BOS, as a target it is EOS. So the stream has one token
+per byte. A line break inside a document is LINE_BREAK.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 from ..errors import HRMError
 from ..files import PathLike, mmap_cached
 from ..tokenizer import BOS, inputs_to_targets
-from .text import LOADERS, TextStats, text_files, to_bytes
+from .corpus_files import CopyFinder, text_files
+from .text import TextStats, document_bytes, load_documents
 
 BREAK = 10  # the byte that ends a document
 VAL_FRACTION = 0.05  # default share of the data that is held out
@@ -39,21 +41,29 @@ def as_targets(window: np.ndarray) -> np.ndarray:
     return targets
 
 
-def write_stream(files: Sequence[Path], out: IO[bytes], encoding: str, sep: str = "line") -> None:
-    """Writes the documents of ``files`` to ``out``, each followed by a line feed.
+def write_stream(
+    files: Sequence[Path],
+    out: IO[bytes],
+    encoding: str,
+    sep: str = "line",
+    keep_licence: bool = False,
+) -> None:
+    """Writes the documents of ``files`` to ``out``, each followed by a line feed, and prints what
+    is odd about them.
 
     Raises:
         HRMError: a file cannot be read, none holds any text, or an unknown ``sep``.
     """
-    if sep not in LOADERS:
-        raise HRMError(f"sep must be one of {', '.join(LOADERS)}, not {sep!r}")
-    n_documents = 0
+    n_documents, copies = 0, CopyFinder()
     for path in files:
         stats = TextStats()
-        for document in LOADERS[sep](path, encoding, stats):
-            out.write(to_bytes(document) + b"\n")
-        stats.report_undecodable(path, encoding)
+        documents = load_documents(path, encoding, sep, stats, keep_licence)
+        for document in copies.read(map(document_bytes, documents)):
+            out.write(document + b"\n")
+        copies.end(path)
+        stats.report(path, encoding)
         n_documents += stats.documents
+    copies.report()
     if not n_documents:
         raise HRMError(f"no text in {', '.join(map(str, files[:3]))}")
 
@@ -63,6 +73,7 @@ def load_stream(
     encoding: str = "utf-8",
     token_file: PathLike | None = None,
     sep: str = "line",
+    keep_licence: bool = False,
 ) -> ByteStream:
     """Loads text files as one byte stream, memory-mapped.
 
@@ -70,7 +81,7 @@ def load_stream(
         paths: files or folders.
         token_file: where to cache the stream; it is reused until the sources change. ``None`` keeps
             it for this process only.
-        sep: what ends a document: each ``line``, or a ``blank`` line.
+        sep, keep_licence: see `load_documents`.
 
     Raises:
         HRMError: a file cannot be read, or none holds any text.
@@ -78,12 +89,17 @@ def load_stream(
     files = text_files(paths)
     if token_file is None:
         with tempfile.TemporaryFile() as file:
-            write_stream(files, file, encoding, sep)
+            write_stream(files, file, encoding, sep, keep_licence)
             file.flush()
             return np.memmap(file, dtype=np.uint8, mode="r")
     sources = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps([2, encoding, sep, sources]).encode()).hexdigest()
-    return mmap_cached(Path(token_file), key, lambda file: write_stream(files, file, encoding, sep))
+    parts = [3, encoding, sep, keep_licence, sources]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def write(file: IO[bytes]) -> None:
+        write_stream(files, file, encoding, sep, keep_licence)
+
+    return mmap_cached(Path(token_file), key, write)
 
 
 def split_stream(stream: ByteStream, fraction: float | None) -> tuple[ByteStream, ByteStream]:

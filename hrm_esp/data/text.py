@@ -9,47 +9,97 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, cast
 
 from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike
+from .encodings import (
+    DOUBLE_ENCODED,
+    MAX_NULS,
+    guess_encoding,
+    is_utf8,
+    marked_encoding,
+    unmarked_utf16,
+)
+from .licence import cut_licence
 
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # how "surrogateescape" decodes an invalid byte
 WARN_UNDECODABLE = 5e-4  # share of undecodable bytes from which a line becomes a warning
 MAX_UNDECODABLE = 0.2  # share from which the file is refused
-SUFFIXES = (".txt", ".txt.gz")  # files that are read from a folder
+N_KEPT_BYTES = 4096  # undecodable bytes that are kept, to guess the encoding
+# A line break inside a document. No text has this byte: it is read with universal newlines.
+LINE_BREAK = "\r"
 
 
 @dataclass
 class TextStats:
-    """What was read: documents, their UTF-8 bytes, and bytes that could not be decoded."""
+    """What was read: documents and their UTF-8 bytes; and what is odd about it.
+
+    ``undecodable``: number of bytes that could not be decoded, ``kept`` the first of them.
+    ``double_encoded``: places that look like UTF-8 read as Latin-1. ``nuls``: NUL characters, the
+    first in ``nul_line``. ``licence_lines``: lines of Project Gutenberg's licence that were cut.
+    """
 
     documents: int = 0
     bytes: int = 0
     undecodable: int = 0
+    kept: bytearray = field(default_factory=bytearray)
+    double_encoded: int = 0
+    nuls: int = 0
+    nul_line: int = 0
+    licence_lines: int = 0
 
     def add(self, document: str) -> None:
         self.documents += 1
         self.bytes += len(document) if document.isascii() else len(document.encode())
 
-    def report_undecodable(self, name: PathLike, encoding: str) -> None:
-        """Prints how many bytes could not be decoded; more than a trace is a warning.
+    def clean(self, line: str, number: int) -> str:
+        """Returns a line without undecodable bytes and NULs, and counts what is odd about it."""
+        if "\0" in line:
+            self.nul_line = self.nul_line or number
+            self.nuls += line.count("\0")
+            line = line.replace("\0", "")
+        if line.isascii():
+            return line
+        if bad := UNDECODABLE.findall(line):
+            self.undecodable += len(bad)
+            if len(self.kept) < N_KEPT_BYTES:
+                self.kept += "".join(bad).encode("latin-1", "surrogateescape")
+            line = UNDECODABLE.sub("", line)
+        if "Ã" in line or "Â" in line or "â" in line:
+            self.double_encoded += len(DOUBLE_ENCODED.findall(line))
+        return line
+
+    def report(self, name: PathLike, encoding: str) -> None:
+        """Prints what is odd about a text that was read; more than a trace is a warning.
 
         Raises:
-            HRMError: so many that this is no text in this encoding.
+            HRMError: so many undecodable bytes that this is no text in this encoding.
         """
+        guess = guess_encoding(bytes(self.kept))
+        advice = "check --encoding" if guess is None else f"try --encoding {guess}"
         share = self.undecodable / max(1, self.bytes + self.undecodable)
         if share > MAX_UNDECODABLE:
-            raise HRMError(f"{name} is not text in {encoding}: give --encoding, or another file")
+            raise HRMError(f"{name} is not text in {encoding}: {advice}, or give another file")
         if self.undecodable:
             line = f"{name}: skipped {self.undecodable:,} bytes ({share:.2%}) that are not "
             line += encoding
+            print0(line if share <= WARN_UNDECODABLE else f"warning: {line}; {advice}")
+        if self.nuls:
+            print0(f"{name}: skipped {self.nuls:,} NUL bytes, the first in line {self.nul_line:,}")
+        if self.double_encoded > WARN_UNDECODABLE * self.bytes:
+            if is_utf8(encoding):
+                advice = f"repair it with iconv -f utf-8 -t cp1252 {name} > repaired.txt"
+            else:
+                advice = f"leave out --encoding {encoding}"
+            print0(f"warning: {name}: UTF-8 read as latin-1 (Ã³ for ó): {advice}")
+        if self.licence_lines:
             print0(
-                line if share <= WARN_UNDECODABLE else f"warning: {line}; try --encoding latin-1"
+                f"{name}: cut {self.licence_lines:,} lines of Project Gutenberg's licence "
+                "(--keep_licence keeps them)"
             )
 
 
@@ -58,13 +108,34 @@ def to_bytes(text: str) -> bytes:
     return unicodedata.normalize("NFC", text).encode(errors="ignore")
 
 
+def document_bytes(document: str) -> bytes:
+    """Returns a document as the model reads it: UTF-8 in NFC, line breaks as LINE_BREAK."""
+    return to_bytes(re.sub("\r\n?|\n", LINE_BREAK, document))
+
+
+def document_text(data: bytes) -> str:
+    """Returns a document as people read it: the inverse of `document_bytes`."""
+    return data.decode().replace(LINE_BREAK, "\n")
+
+
 def truncate_utf8(data: bytes, length: int) -> bytes:
     """Returns at most ``length`` bytes and never a part of a character."""
     return data if len(data) <= length else data[:length].decode(errors="ignore").encode()
 
 
+def open_binary(path: PathLike) -> io.BufferedReader:
+    """Opens a file, decompressed if its name ends in ``.gz``; ``-`` is standard input."""
+    if str(path) == "-":
+        if sys.stdin is None:
+            raise HRMError("there is no standard input: give a file")
+        return cast(io.BufferedReader, sys.stdin.buffer)
+    if str(path).lower().endswith(".gz"):
+        return cast(io.BufferedReader, gzip.open(path))
+    return open(path, "rb")
+
+
 def open_text(path: PathLike, encoding: str) -> IO[str]:
-    """Opens a text file without its byte order mark.
+    """Opens a text file without its byte order mark. One of UTF-16 or UTF-32 decides the encoding.
 
     Args:
         path: the file, decompressed if its name ends in ``.gz``; ``-`` is standard input.
@@ -72,20 +143,19 @@ def open_text(path: PathLike, encoding: str) -> IO[str]:
     Raises:
         HRMError: missing, a folder, unreadable, binary, or an unknown encoding.
     """
-    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     try:
-        if str(path) == "-":
-            if sys.stdin is None:
-                raise HRMError("there is no standard input: give a file")
-            return io.TextIOWrapper(sys.stdin.buffer, encoding=name, errors="surrogateescape")
-        opener = gzip.open if str(path).endswith(".gz") else open
-        file: IO[str] = opener(path, "rt", encoding=name, errors="surrogateescape")
-        if file.seekable():  # a pipe is not
-            if "\0" in file.read(65536):
-                raise HRMError(
-                    f"{path} is not text in {encoding}: give --encoding, or another file"
-                )
-            file.seek(0)
+        if is_utf8(encoding):
+            encoding = "utf-8-sig"
+        file = open_binary(path)
+        head = file.peek()
+        if encoding == "utf-8-sig" and (marked := marked_encoding(head)):
+            encoding = marked
+            print0(f"{path}: read as {marked.upper()}, as its byte order mark says")
+        text = io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape")
+        if "16" not in encoding and "32" not in encoding and head.count(0) > MAX_NULS * len(head):
+            guess = unmarked_utf16(head)
+            advice = "give another file" if guess is None else f"try --encoding {guess}"
+            raise HRMError(f"{path} is not text in {encoding.removesuffix('-sig')}: {advice}")
     except LookupError as error:
         raise HRMError(f"unknown encoding {encoding!r}: try utf-8, latin-1 or cp1252") from error
     except IsADirectoryError as error:
@@ -96,27 +166,93 @@ def open_text(path: PathLike, encoding: str) -> IO[str]:
         raise HRMError(
             f"cannot read {path}: {error.strerror or 'it is not a regular file'}"
         ) from error
-    return file
+    return text
 
 
 def read_lines(path: PathLike, encoding: str, stats: TextStats) -> Iterator[str]:
     """Yields all lines of a text file, blank ones too, as soon as they are read.
 
-    Undecodable bytes are dropped and counted in ``stats``.
+    Undecodable bytes and NULs are dropped and counted in ``stats``.
 
     Raises:
         HRMError: the file is missing, a folder, or not text.
     """
     with open_text(path, encoding) as file:
         try:
-            for line in file:
-                line = line.removesuffix("\n")
-                if not line.isascii() and (n_bad := len(UNDECODABLE.findall(line))):
-                    stats.undecodable += n_bad
-                    line = UNDECODABLE.sub("", line)
-                yield line
+            for number, line in enumerate(file, 1):
+                yield stats.clean(line.removesuffix("\n"), number)
         except (UnicodeError, zlib.error, EOFError, OSError) as error:
             raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
+
+
+def split_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Yields the lines that are not blank."""
+    return (line for line in lines if line and not line.isspace())
+
+
+def _split_at_blank_lines(lines: Iterable[str]) -> Iterator[list[str]]:
+    for is_blank, group in itertools.groupby(lines, lambda line: not line.strip()):
+        if not is_blank:
+            yield list(group)
+
+
+def split_paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Yields paragraphs, which blank lines separate; their lines are joined by spaces."""
+    for group in _split_at_blank_lines(lines):
+        yield " ".join(line.strip() for line in group)
+
+
+def split_stanzas(lines: Iterable[str]) -> Iterator[str]:
+    """Yields stanzas, which blank lines separate, with their line breaks."""
+    for group in _split_at_blank_lines(lines):
+        yield "\n".join(line.rstrip() for line in group)
+
+
+def join_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Yields all lines as one document, without blank lines at its beginning and end."""
+    text = "\n".join(line.rstrip() for line in lines).strip("\n")
+    if text:
+        yield text
+
+
+# How lines become documents, by what ends a document (``--sep``).
+SPLITTERS: dict[str, Callable[[Iterable[str]], Iterator[str]]] = {
+    "line": split_lines,
+    "blank": split_paragraphs,
+    "stanza": split_stanzas,
+    "file": join_lines,
+}
+
+
+def load_documents(
+    path: PathLike,
+    encoding: str = "utf-8",
+    sep: str = "line",
+    stats: TextStats | None = None,
+    keep_licence: bool = False,
+) -> Iterator[str]:
+    """Yields the documents of a text file.
+
+    Args:
+        path: the file; ``.gz`` is decompressed. A byte order mark and CRLF are not part of a line.
+        encoding: of the file; undecodable bytes are dropped.
+        sep: what ends a document: ``line``, ``blank`` (a blank line; line breaks are spaces),
+            ``stanza`` (a blank line; line breaks are kept) or ``file``.
+        stats: counts the documents and bytes yielded, and what is odd about the text.
+        keep_licence: keep Project Gutenberg's licence.
+
+    Raises:
+        HRMError: the file is missing, a folder, or not text; or an unknown ``sep``.
+    """
+    if sep not in SPLITTERS:
+        raise HRMError(f"sep must be one of {', '.join(SPLITTERS)}, not {sep!r}")
+    stats = TextStats() if stats is None else stats
+    lines = read_lines(path, encoding, stats)
+    if not keep_licence:
+        lines = cut_licence(lines, stats)
+    for document in SPLITTERS[sep](lines):
+        stats.add(document)
+        yield document
 
 
 def load_corpus_lines(
@@ -124,58 +260,22 @@ def load_corpus_lines(
 ) -> Iterator[str]:
     """Yields the non-blank lines of a text file, without their line breaks.
 
-    Args:
-        path: the file; ``.gz`` is decompressed. A byte order mark and CRLF are not part of a line.
-        encoding: of the file; undecodable bytes are dropped.
-        stats: counts the lines and bytes yielded, and the undecodable bytes.
-
-    Raises:
-        HRMError: the file is missing, a folder, or not text.
+    Arguments and errors as in `load_documents`. A licence of Project Gutenberg is kept.
     """
-    stats = TextStats() if stats is None else stats
-    for line in read_lines(path, encoding, stats):
-        if line and not line.isspace():
-            stats.add(line)
-            yield line
+    return load_documents(path, encoding, "line", stats, keep_licence=True)
 
 
-def load_paragraphs(
-    path: PathLike, encoding: str = "utf-8", stats: TextStats | None = None
-) -> Iterator[str]:
-    """Yields the paragraphs of a text file, which blank lines separate.
+def encode_continuation(text: str, sep: str = "line") -> bytes:
+    """Returns a text to be continued as the stream of a corpus has it: documents end with a line
+    feed, and line breaks inside them are LINE_BREAK, as ``sep`` says.
 
-    The lines of a paragraph are joined by spaces. Arguments and errors as in `load_corpus_lines`.
+    A break at the end of the text stays: the text goes on in a new line or a new document.
     """
-    stats = TextStats() if stats is None else stats
-    lines = read_lines(path, encoding, stats)
-    for is_blank, group in itertools.groupby(lines, lambda line: not line.strip()):
-        if not is_blank:
-            paragraph = " ".join(line.strip() for line in group)
-            stats.add(paragraph)
-            yield paragraph
-
-
-Loader = Callable[[PathLike, str, TextStats | None], Iterator[str]]
-# What ends a document (``--sep``), and the function that reads such documents.
-LOADERS: dict[str, Loader] = {"line": load_corpus_lines, "blank": load_paragraphs}
-
-
-def text_files(paths: Sequence[PathLike]) -> list[Path]:
-    """Returns the given files, and the text files in the given folders, in order.
-
-    Raises:
-        HRMError: a path does not exist, or a folder holds no text.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-        if not inside:
-            raise HRMError(f"no {' or '.join(SUFFIXES)} file in the folder {path}")
-        files += inside
-    for file in files:
-        if not file.exists():
-            raise HRMError(f"no such file: {file}")
-    return files
+    text = re.sub("\r\n?", "\n", text).lstrip("\n")
+    if sep == "line":
+        return to_bytes(re.sub("\n+", "\n", text))
+    if sep == "file":
+        return document_bytes(text)
+    documents = re.split(r"\n(?:[^\S\n]*\n)+", text)
+    within = " " if sep == "blank" else LINE_BREAK
+    return to_bytes("\n".join(document.replace("\n", within) for document in documents))

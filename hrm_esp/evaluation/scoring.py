@@ -24,6 +24,8 @@ from ..data import (
     as_inputs,
     as_targets,
     dataset_tsv,
+    document_text,
+    is_table,
     load_stream,
     truncate_utf8,
 )
@@ -195,7 +197,7 @@ def answer_pairs(
         pairs = [data[i] for i in group]
         # 4 bytes more than are kept: where a last character no longer fits depends on the batch.
         completions = generate_batch(
-            model, [p.prompt.decode() for p in pairs], mode="answer", precision="fp32",
+            model, [document_text(p.prompt) for p in pairs], mode="answer", precision="fp32",
             max_new_tokens=max_answer_len(pairs[-1]) + 4, batch_size=batch_size,
         )  # fmt: skip
         for i, pair, completion in zip(group, pairs, completions, strict=True):
@@ -231,10 +233,10 @@ def score_answers(answers: Sequence[Answer], bits: np.ndarray) -> PairScore:
         return PairScore(bits_per_byte, bits_interval)
     chars, words = [], []
     for pair, text in answers:
-        target = pair.target.decode()
+        target = document_text(pair.target)
         chars.append((edit_distance(text, target), len(target)))
         words.append((edit_distance(text.split(), target.split()), len(target.split())))
-    n_correct = sum(text == pair.target.decode() for pair, text in answers)
+    n_correct = sum(text == document_text(pair.target) for pair, text in answers)
     char_rate, char_interval = bootstrap_ratio(np.array(chars))
     word_rate, word_interval = bootstrap_ratio(np.array(words))
     return PairScore(
@@ -259,16 +261,22 @@ def evaluate(
     batch_size: int = 16,
     show_progress: bool = False,
     predictions: PathLike | None = None,
-    sep: str = "line",
+    sep: str | None = None,
+    keep_licence: bool = False,
+    prompt_col: str | None = None,
+    target_col: str | None = None,
+    lm: bool = False,
 ) -> TextScore | PairScore:
-    """Scores a file: as pairs if its name ends in ``.tsv`` or ``.tsv.gz``, else as text.
+    """Scores a file: as pairs if its name is that of a table (.tsv, .csv or .jsonl), else as text.
 
     Args:
         encoding: of the file.
         precision: of the matrix products when bits are computed; answers are generated in float32.
         batch_size: windows per batch; four times as many answers are generated together.
         show_progress: show a bar on a terminal.
-        sep: what ends a document of a text, see `load_stream`.
+        sep: what ends a document of a text, see `load_documents`; by default as in pretraining.
+        keep_licence: keep Project Gutenberg's licence in a text.
+        prompt_col, target_col, lm: of a table, see `dataset_tsv`.
         predictions: a file to write prompt, target and answer of each pair to, separated by tabs.
 
     Raises:
@@ -278,29 +286,33 @@ def evaluate(
     if predictions is not None:
         check_predictions(path, Path(predictions))
     if not is_table(path):
-        text = load_stream([path], encoding, sep=sep)
+        sep = model.config.sep if sep is None else sep
+        text = load_stream([path], encoding, sep=sep, keep_licence=keep_licence)
         with progress_bar(len(text), "B", show_progress) as bar:
             return score_stream(model, text, dtype, batch_size, bar.update)
-    data = dataset_tsv(path, model.config.max_len, encoding=encoding)
+    data = dataset_tsv(
+        path,
+        model.config.max_len,
+        encoding=encoding,
+        prompt_col=prompt_col,
+        target_col=target_col,
+        lm=lm,
+    )
     with progress_bar(len(data), "row", show_progress) as bar:
         answers = answer_pairs(model, data, 4 * batch_size, bar.update)
     if predictions is not None:
         with open(predictions, "w", encoding="utf-8", newline="\n") as file:
             for pair, answer in answers:
                 # A tab or line break in an answer would look like the next column or row.
-                columns = pair.prompt.decode(), pair.target.decode(), answer
+                columns = document_text(pair.prompt), document_text(pair.target), answer
                 file.write("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in columns) + "\n")
     return score_answers(answers, pair_bits(model, data, dtype))
-
-
-def is_table(path: PathLike) -> bool:
-    return str(path).endswith((".tsv", ".tsv.gz"))
 
 
 def check_predictions(path: PathLike, predictions: Path) -> None:
     """Raises HRMError if the predictions of ``path`` cannot be written to ``predictions``."""
     if not is_table(path):
-        raise HRMError(f"{path} is not a .tsv: there are no predictions to write")
+        raise HRMError(f"{path} is not a table: there are no predictions to write")
     if not predictions.parent.is_dir() or predictions.is_dir():
         raise HRMError(f"cannot write {predictions}: give a file in a folder that exists")
     if predictions.exists() and predictions.samefile(path):

@@ -5,7 +5,6 @@ Shapes: B prompts, P = plan_dim.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,15 @@ import numpy as np
 import torch
 
 from ..config import DEFAULT_GUIDANCE, DEFAULT_TEMPERATURE, GenerationConfig
-from ..data import as_inputs, encode_prompt, pad, prompt_tokens, to_bytes
+from ..data import (
+    as_inputs,
+    document_bytes,
+    document_text,
+    encode_continuation,
+    encode_prompt,
+    pad,
+    prompt_tokens,
+)
 from ..device import choose_precision, eval_mode
 from ..errors import HRMError
 from ..model import Executor, HRMModel
@@ -76,7 +83,7 @@ class GenerationSetup:
             top_k=config.top_k,
             top_p=config.top_p,
             min_p=config.min_p,
-            stop=tuple(map(to_bytes, config.stop_sequences)),
+            stop=tuple(map(document_bytes, config.stop_sequences)),
         )
         return cls(
             mode,
@@ -101,7 +108,8 @@ def chosen_plan(model: HRMModel, config: GenerationConfig) -> torch.Tensor | Non
         HRMError: the model has no codebook, or no such code.
     """
     if config.plan_from is not None:
-        prompt = prompt_tokens(encode_prompt(config.plan_from, model.config.max_len))
+        max_len, line_breaks = model.config.max_len, model.config.line_breaks
+        prompt = prompt_tokens(encode_prompt(config.plan_from, max_len, line_breaks))
         with eval_mode(model):
             return model.planner(torch.tensor([prompt], device=model.device))[0][0]
     if config.plan_code is None:
@@ -177,7 +185,7 @@ def _setup(
 
 
 def _stream(model: HRMModel, prompt: str, setup: GenerationSetup) -> Iterator[str]:
-    stops = [s.decode() for s in setup.params.stop]
+    stops = [document_text(s) for s in setup.params.stop]
     executor = pack_for_cpu(model.executor, setup.dtype)
     character, buffer = b"", ""  # bytes of a character; text that may be part of a stop sequence
     for _, token, _ in sample_tokens(model, executor, [prompt], setup):
@@ -185,7 +193,7 @@ def _stream(model: HRMModel, prompt: str, setup: GenerationSetup) -> Iterator[st
             break
         character += bytes([token])
         try:
-            buffer += character.decode()
+            buffer += document_text(character)
         except UnicodeDecodeError:
             continue
         character = b""
@@ -237,9 +245,9 @@ def complete(
         for i, token, log_prob in sample_tokens(model, executor, prompts, setup, first_index):
             tokens[i].append(token)
             log_probs[i].append(log_prob)
-    stops, completions = [s.decode() for s in setup.params.stop], []
+    stops, completions = [document_text(s) for s in setup.params.stop], []
     for prompt, ids, ids_log_probs in zip(prompts, tokens, log_probs, strict=True):
-        whole = bytes(i for i in ids if i != EOS).decode()
+        whole = document_text(bytes(i for i in ids if i != EOS))
         text = strip_stop(whole, stops)
         if text != whole:
             ids_log_probs = ids_log_probs[: len(text.encode())]
@@ -290,14 +298,14 @@ def new_decoder(
     """Runs the Planner on B prompts; returns a decoder that continues or answers them."""
     planner, max_len = model.planner, model.config.max_len
     if setup.mode == "answer":
-        encoded_prompts = [encode_prompt(p, max_len) for p in prompts]
+        encoded_prompts = [encode_prompt(p, max_len, model.config.line_breaks) for p in prompts]
         ids = pad([prompt_tokens(p) for p in encoded_prompts]).to(model.device)
         encoded = planner.encode(ids)
         plan = _select_plan(planner.pool(encoded).plan, setup)
         cross = encoded if model.config.cross_attention else None
         starts = [[BOS]] * len(prompts)
         return Decoder(model, executor, plan, starts, cross, encoded_prompts, setup.dtype)
-    sequences = [encode_continuation(p) for p in prompts]
+    sequences = [continuation_tokens(p, model.config.sep) for p in prompts]
     # The Planner reads the end of a long prompt; the plan stays the same for the whole text.
     ends = [[BOS, *tokens[1:][-max_len:]] for tokens in sequences]
     plan = _select_plan(planner(pad(ends).to(model.device))[0], setup)
@@ -309,8 +317,7 @@ def _select_plan(plans: torch.Tensor, setup: GenerationSetup) -> torch.Tensor:
     return plans if setup.plan is None else setup.plan.to(plans.dtype).expand_as(plans)
 
 
-def encode_continuation(prompt: str) -> list[int]:
-    """Returns the tokens of a prompt to be continued: BOS first; a line break in it starts a new
-    document."""
-    data = b"\n" + to_bytes(re.sub("[\r\n]+", "\n", prompt).lstrip("\n"))
+def continuation_tokens(prompt: str, sep: str = "line") -> list[int]:
+    """Returns the tokens of a prompt to be continued: BOS first; see `encode_continuation`."""
+    data = b"\n" + encode_continuation(prompt, sep)
     return as_inputs(np.frombuffer(data, dtype=np.uint8)).tolist()

@@ -12,6 +12,7 @@ import torch
 from ..config import FinetuneConfig, HRMConfig
 from ..console import print0, progress_bar
 from ..data import TSVDataset, dataset_tsv, split_pairs
+from ..data.text import LINE_BREAK
 from ..device import choose_device, choose_precision
 from ..distributed import local_rank_zero_first, process_group
 from ..errors import HRMError
@@ -25,6 +26,7 @@ from .run_folder import open_state
 from .trainer import Trainer, TrainResult, describe_run
 
 VAL_ROWS, FINAL_VAL_ROWS = 200, 1000  # scored at each validation, and at the end
+READING = ("encoding", "prompt_col", "target_col", "lm")  # options of `dataset_tsv`
 PROBE_ROWS = 64  # pairs that tell how well a checkpoint predicts the targets
 # Reinitialize if the targets cost this many times the bits of held-out text. Short targets have
 # little context, so they cost more than text anyway.
@@ -62,6 +64,8 @@ def train_ft(
     else:
         checkpoint = load_checkpoint(start)
     data, held_out = load_pairs(tsv, val, checkpoint.config.max_len, options)
+    if any(LINE_BREAK.encode() in p.prompt + p.target for p in data):
+        checkpoint.config = replace(checkpoint.config, line_breaks=True)
     # Step 2: adapt the model.
     model = model_to_finetune(checkpoint, options).to(device)
     if model.config.gumbel and options.context == "plan":
@@ -106,13 +110,18 @@ def load_pairs(
     """Returns the training pairs, and the held-out pairs in random order.
 
     Raises:
-        HRMError: a file cannot be read, or nothing is left to train on.
+        HRMError: a file cannot be read, no row has a target, or nothing is left to train on.
     """
-    data = dataset_tsv(tsv, max_len, encoding=options.encoding)
+    reading = {name: getattr(options, name) for name in READING}
+    data = dataset_tsv(tsv, max_len, **reading)
+    if all(pair.lm for pair in data) and not options.lm:
+        raise HRMError(
+            f"no row of {tsv} has a target: give a second column, or --lm to train on plain text"
+        )
     if val is None:
         data, held_out = split_pairs(data, options.val_fraction, options.seed)
     else:
-        held_out = dataset_tsv(val, max_len, encoding=options.encoding)
+        held_out = dataset_tsv(val, max_len, **reading)
         scored = set(held_out.pairs)
         data = TSVDataset([p for p in data if p not in scored], max_len)
         held_out, _ = split_pairs(held_out, 0.0, options.seed)  # shuffled

@@ -13,7 +13,8 @@ import torch
 from ..config import HRMConfig, PretrainConfig
 from ..console import print0, progress_bar
 from ..data import ByteStream, LMDataset, corpus_stats, load_stream, split_stream
-from ..data.text import text_files
+from ..data.corpus_files import text_files
+from ..data.report import shared_lines
 from ..device import choose_device, choose_precision
 from ..distributed import local_rank_zero_first, process_group
 from ..errors import HRMError
@@ -26,6 +27,7 @@ from .trainer import Trainer, TrainResult, describe_run
 
 VAL_BYTES = 16_384  # of the held-out text, scored at each validation
 FINAL_VAL_BYTES = 1_000_000  # scored at the end
+MIN_SHARED = 0.01  # share of the held-out text in the training text from which a warning says so
 
 
 @process_group()
@@ -52,7 +54,12 @@ def train_lm(
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     options = options or PretrainConfig()
-    config = replace(config or HRMConfig(), cross_attention=options.denoise > 0)
+    config = replace(
+        config or HRMConfig(),
+        cross_attention=options.denoise > 0,
+        sep=options.sep,
+        line_breaks=options.sep in ("stanza", "file"),
+    )
     device = device or choose_device()
     folder = Path(options.out_dir)
     # Step 1: read the corpus and hold out a part of it.
@@ -71,8 +78,13 @@ def train_lm(
     stats = corpus_stats(stream)
     print0(f"corpus: {stats}")
     print0(f"held out: {len(held_out):,} bytes, {'the end of it' if val is None else val}")
-    for line in stats.warnings(model.n_parameters()):
+    for line in stats.warnings(model.n_parameters(), options.sep):
         print0(f"warning: {line}")
+    if (share := shared_lines(stream, held_out)) >= MIN_SHARED:
+        print0(
+            f"warning: {share:.0%} of the held-out text is in lines that the training text also "
+            "has, so its score is too good: remove the copies"
+        )
     describe_run("pretrain", model, dtype)
 
     # Step 4: train.
@@ -110,11 +122,12 @@ def load_corpus(
     """
     paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
     token_file = Path(options.out_dir) / "corpus.tokens"
-    held_out = None if val is None else load_stream([val], options.encoding, sep=options.sep)
+    reading = (options.sep, options.keep_licence)
+    held_out = None if val is None else load_stream([val], options.encoding, None, *reading)
     files = [f for f in text_files(paths) if val is None or not f.samefile(val)]
     if not files:
         raise HRMError(f"{val} is all the text there is: give another --val, or none")
-    stream = load_stream(files, options.encoding, token_file, options.sep)
+    stream = load_stream(files, options.encoding, token_file, *reading)
     if held_out is None:
         stream, held_out = split_stream(stream, options.val_fraction)
     if not len(stream):

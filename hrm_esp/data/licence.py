@@ -1,0 +1,44 @@
+"""Project Gutenberg's licence, which stands before and after the text of its files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+START = re.compile(r"\*\*\* ?START OF TH", re.IGNORECASE)
+END = re.compile(r"\*\*\* ?END OF TH", re.IGNORECASE)
+MAX_HEADER_LINES = 1000  # lines before START that are held back until it comes
+
+
+class CutLines(Protocol):
+    """What counts the lines that are cut: `TextStats`."""
+
+    licence_lines: int
+
+
+def cut_licence(lines: Iterable[str], stats: CutLines) -> Iterator[str]:
+    """Yields the lines of a text without Project Gutenberg's licence: without what stands before
+    ``*** START OF ...``, and from ``*** END OF ...`` to the end or to the next ``*** START``.
+
+    Args:
+        stats: its ``licence_lines`` counts the lines that are cut.
+    """
+    held_back: list[str] | None = []  # lines that are part of the licence if START comes
+    is_after_end = False
+    for line in lines:
+        if "***" in line and START.search(line):
+            stats.licence_lines += 1 + len(held_back or ())
+            held_back, is_after_end = None, False
+        elif is_after_end or ("***" in line and END.search(line)):
+            stats.licence_lines += 1
+            yield from held_back or ()
+            held_back, is_after_end = None, True
+        elif held_back is None:
+            yield line
+        else:
+            held_back.append(line)
+            if len(held_back) == MAX_HEADER_LINES:
+                yield from held_back
+                held_back = None
+    yield from held_back or ()
