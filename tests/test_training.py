@@ -256,7 +256,7 @@ def test_blocks_are_kept_for_text_and_reinitialized_for_other_targets(
         (
             ("restored", (), False),
             ("other", (), True),
-            ("text", (), False),
+            ("text", ("--lm",), False),
             ("other", ("--reinit_blocks", "never"), False),
             ("restored", ("--reinit_blocks", "always"), True),
             ("other", ("--context", "plan"), False),
@@ -499,7 +499,8 @@ TRAIN_OPTIONS = {
     "denoise": 0.99,
 }  # fmt: skip
 ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep", "sep",
-             "save_every", "resume", "overwrite", "cross_attention", "sample_prompt"}  # fmt: skip
+             "save_every", "resume", "overwrite", "cross_attention", "sample_prompt",
+             "keep_licence", "line_breaks"}  # fmt: skip
 
 
 def test_all_fields_are_listed_here() -> None:

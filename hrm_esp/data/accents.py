@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..files import PathLike
 from .corruption import strip_accents
-from .text import TextStats, load_documents
+from .text import MAX_UNDECODABLE, TextStats, load_documents
 
 
 def sentences(path: PathLike, max_bytes: int = 300, encoding: str = "utf-8") -> Iterator[str]:
@@ -23,7 +23,7 @@ def sentences(path: PathLike, max_bytes: int = 300, encoding: str = "utf-8") -> 
         for sentence in re.split(r"(?<=[.!?…]) ", line):
             if 0 < len(sentence.encode()) <= max_bytes:
                 yield sentence
-    stats.report(path, encoding)
+    stats.report(path, encoding, MAX_UNDECODABLE)
 
 
 def accent_pairs(

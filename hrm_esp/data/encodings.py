@@ -16,7 +16,8 @@ OLD_ENCODINGS = ("latin-1", "cp1252", "cp850", "mac_roman")
 LETTERS = frozenset("áéíóúüñÁÉÍÓÚÜÑ")
 PUNCTUATION = frozenset("¿¡«»ºª°·—–“”‘’…€")
 MIN_SPANISH = 0.8  # mean score from which a guess is trusted, see `guess_encoding`
-MAX_NULS = 0.1  # share of NULs from which a file is no text in its encoding
+CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\f\r\x1b"))
+MAX_CONTROL_BYTES = 0.1  # share of them from which a file is no text in its encoding
 # "ó" in UTF-8 is two bytes, which are "Ã³" in Latin-1. Most others begin with these letters, too.
 DOUBLE_ENCODED = re.compile(
     "Ã[\x80-\xbf‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|Â[¡¿«»ºª°·]|â€[\x80-\xbfœ“”™˜¦]"
@@ -46,6 +47,12 @@ def guess_encoding(data: bytes) -> str | None:
         if characters and score / len(characters) > best_score:
             best, best_score = name, score / len(characters)
     return best
+
+
+def is_binary(head: bytes) -> bool:
+    """Whether a file that begins like this is no text, or text in UTF-16 or UTF-32."""
+    n_control = len(head) - len(head.translate(None, CONTROL_BYTES))
+    return n_control > MAX_CONTROL_BYTES * len(head)
 
 
 def unmarked_utf16(head: bytes) -> str | None:

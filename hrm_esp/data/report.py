@@ -156,4 +156,5 @@ def shared_lines(stream: ByteStream, held_out: ByteStream) -> float:
         *whole, remainder = split_breaks(remainder + bytes(stream[start : start + CHUNK_BYTES]))
         missing.difference_update(whole)
     missing.discard(remainder)
-    return sum(len(line) for line in lines if line not in missing) / max(1, len(held_out))
+    n_shared = sum(len(line) + 1 for line in lines if line not in missing)
+    return n_shared / max(1, len(held_out))

@@ -20,7 +20,7 @@ from ..errors import HRMError
 from ..files import PathLike, mmap_cached
 from ..tokenizer import BOS, inputs_to_targets
 from .corpus_files import CopyFinder, text_files
-from .text import TextStats, document_bytes, load_documents
+from .text import MAX_UNDECODABLE, TextStats, document_bytes, load_documents
 
 BREAK = 10  # the byte that ends a document
 VAL_FRACTION = 0.05  # default share of the data that is held out
@@ -61,7 +61,7 @@ def write_stream(
         for document in copies.read(map(document_bytes, documents)):
             out.write(document + b"\n")
         copies.end(path)
-        stats.report(path, encoding)
+        stats.report(path, encoding, MAX_UNDECODABLE)
         n_documents += stats.documents
     copies.report()
     if not n_documents:

@@ -20,7 +20,7 @@ from ..errors import HRMError
 from ..files import PathLike
 from .corpus_files import check_is_text
 from .encodings import guess_encoding, is_utf8
-from .text import TextStats, read_lines
+from .text import MAX_UNDECODABLE, TextStats, read_lines
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 SEPARATORS = ("\t", ";", ",")
@@ -30,6 +30,7 @@ PAIR_NAMES = (
     ("prompt", "target"),
     ("prompt", "completion"),
     ("prompt", "response"),
+    ("prompt", "answer"),
     ("input", "output"),
     ("instruction", "output"),
     ("instruction", "response"),
@@ -197,18 +198,21 @@ def _read_text(path: PathLike, encoding: str) -> tuple[str, str]:
     if guess is not None and str(path) != "-" and is_utf8(encoding):
         return "\n".join(read_lines(path, guess, TextStats())), guess
     stats.bytes = len(text.encode())
-    stats.report(path, encoding)
+    stats.report(path, encoding, MAX_UNDECODABLE)
     return text, encoding
 
 
 def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]]]:
     """Finds the separator; returns it and the cells of the rows that are not blank."""
-    if table_suffix(path) != ".csv" and "\t" in text:
+    is_csv = table_suffix(path) == ".csv"
+    if not is_csv and "\t" in text:
         return "\t", _split_tabs(text)
     best, best_share = "", 0.0
     # Step 1: choose the separator with which most rows have one number of cells, two or more.
     for separator in SEPARATORS:  # of equal ones the first
         rows = _csv_rows(text, separator, strict=False)
+        if not is_csv and not _has_known_names(next(rows, []), prompts_only=False):
+            continue  # sentences have commas, too
         counts = Counter(len(row) for row, _ in zip(rows, range(N_SNIFFED_ROWS), strict=False))
         n_most = max((n for width, n in counts.items() if width > 1), default=0)
         share = n_most / max(1, counts.total())
@@ -216,7 +220,7 @@ def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]]]:
             best, best_share = separator, share
     # Step 2: read the rows.
     if not best:
-        if table_suffix(path) != ".csv":
+        if not is_csv:
             return "\t", _split_tabs(text)
         best = ","
     try:
@@ -300,7 +304,7 @@ def _known_pair(names: Iterable[str]) -> tuple[str, str] | None:
 
 def _has_known_names(first: Sequence[str], prompts_only: bool) -> bool:
     """Whether the first row names the prompt and the target as `PAIR_NAMES` does."""
-    lower = [name.lower() for name in first]
+    lower = [name.strip().lower() for name in first]
     if prompts_only and any(prompt in lower for prompt, _ in PAIR_NAMES):
         return True
     return _known_pair(first) is not None or (len(first) == 1 and lower[0] in TEXT_NAMES)

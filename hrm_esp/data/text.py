@@ -18,8 +18,8 @@ from ..errors import HRMError
 from ..files import PathLike
 from .encodings import (
     DOUBLE_ENCODED,
-    MAX_NULS,
     guess_encoding,
+    is_binary,
     is_utf8,
     marked_encoding,
     unmarked_utf16,
@@ -29,6 +29,7 @@ from .licence import cut_licence
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # how "surrogateescape" decodes an invalid byte
 WARN_UNDECODABLE = 5e-4  # share of undecodable bytes from which a line becomes a warning
 MAX_UNDECODABLE = 0.2  # share from which the file is refused
+N_SNIFFED_BYTES = 4096  # at the beginning of a file
 N_KEPT_BYTES = 4096  # undecodable bytes that are kept, to guess the encoding
 # A line break inside a document. No text has this byte: it is read with universal newlines.
 LINE_BREAK = "\r"
@@ -73,16 +74,17 @@ class TextStats:
             self.double_encoded += len(DOUBLE_ENCODED.findall(line))
         return line
 
-    def report(self, name: PathLike, encoding: str) -> None:
+    def report(self, name: PathLike, encoding: str, max_undecodable: float = 1.0) -> None:
         """Prints what is odd about a text that was read; more than a trace is a warning.
 
         Raises:
-            HRMError: so many undecodable bytes that this is no text in this encoding.
+            HRMError: the share of undecodable bytes is more than ``max_undecodable``.
         """
+        name = "standard input" if str(name) == "-" else name
         guess = guess_encoding(bytes(self.kept))
         advice = "check --encoding" if guess is None else f"try --encoding {guess}"
         share = self.undecodable / max(1, self.bytes + self.undecodable)
-        if share > MAX_UNDECODABLE:
+        if share > max_undecodable:
             raise HRMError(f"{name} is not text in {encoding}: {advice}, or give another file")
         if self.undecodable:
             line = f"{name}: skipped {self.undecodable:,} bytes ({share:.2%}) that are not "
@@ -147,12 +149,12 @@ def open_text(path: PathLike, encoding: str) -> IO[str]:
         if is_utf8(encoding):
             encoding = "utf-8-sig"
         file = open_binary(path)
-        head = file.peek()
+        head = file.peek(N_SNIFFED_BYTES)
         if encoding == "utf-8-sig" and (marked := marked_encoding(head)):
             encoding = marked
             print0(f"{path}: read as {marked.upper()}, as its byte order mark says")
         text = io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape")
-        if "16" not in encoding and "32" not in encoding and head.count(0) > MAX_NULS * len(head):
+        if "16" not in encoding and "32" not in encoding and is_binary(head):
             guess = unmarked_utf16(head)
             advice = "give another file" if guess is None else f"try --encoding {guess}"
             raise HRMError(f"{path} is not text in {encoding.removesuffix('-sig')}: {advice}")

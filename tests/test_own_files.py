@@ -1,0 +1,447 @@
+"""People's files as they are: what is read of each, and what is said about it."""
+
+import csv
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, TEXT, Run
+
+from hrm_esp.data import dataset_tsv, load_stream, read_table, write_table
+from hrm_esp.errors import HRMError
+
+SPANISH = "La niña preguntó: «¿Cuándo volverá papá?»\nEl señor cayó al río.\n"
+CURLY = "—¿Qué dijo? —“Nada”, contestó…\n"
+VERSE = "Sube la luna\ndespacio,\n\nque nadie la vio subir\n  y nadie la vio bajar.\n"
+ROWS = [("¿qué?", "eso"), ("el año; sí", "dos, tres"), ('dijo "no"', "uno\ndos")]
+
+
+def text_case(
+    content: bytes | str, read: str | None, said: str = "", name: str = "a.txt", **options: object
+) -> object:
+    """A text: its documents (``None`` if it is refused), and a part of what is said."""
+    data = content.encode() if isinstance(content, str) else content
+    return data, read, said, name, options
+
+
+GUTENBERG = (
+    "The Project Gutenberg eBook of X\n\nTitle: X\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n"
+    "Uno.\n\nDos.\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\nThis eBook is for anyone.\n"
+)
+TEXTS = {
+    "utf-8": text_case(SPANISH, SPANISH),
+    "utf-8 with a mark": text_case(b"\xef\xbb\xbf" + SPANISH.encode(), SPANISH),
+    "windows line endings": text_case(SPANISH.replace("\n", "\r\n"), SPANISH),
+    "old mac line endings": text_case(SPANISH.replace("\n", "\r"), SPANISH),
+    "no line break at the end": text_case(SPANISH.strip(), SPANISH),
+    "gz": text_case(gzip.compress(SPANISH.encode()), SPANISH, name="a.TXT.GZ"),
+    "utf-16 with a mark": text_case(SPANISH.encode("utf-16"), SPANISH, "UTF-16"),
+    "big-endian utf-16": text_case(b"\xfe\xff" + SPANISH.encode("utf-16-be"), SPANISH, "UTF-16"),
+    "utf-16 without a mark": text_case(SPANISH.encode("utf-16-le"), None, "--encoding utf-16-le"),
+    "utf-16 without a mark, named": text_case(
+        SPANISH.encode("utf-16-le"), SPANISH, encoding="utf-16-le"
+    ),
+    "latin-1": text_case(SPANISH.encode("latin-1"), None, "--encoding latin-1", share=True),
+    "cp1252": text_case(CURLY.encode("cp1252"), None, "--encoding cp1252", share=True),
+    "cp1252, named": text_case(CURLY.encode("cp1252"), CURLY, encoding="cp1252"),
+    "an old mac's": text_case(SPANISH.encode("mac_roman"), None, "mac_roman", share=True),
+    "dos": text_case(SPANISH.replace("«", "").replace("»", "").encode("cp850"), None, "cp850",
+                     share=True),
+    "a stray byte": text_case(
+        b"a\xff" + TEXT.encode() * 3, "a" + TEXT * 3 + "\n", "skipped 1 bytes"
+    ),
+    "utf-8 saved twice": text_case(
+        SPANISH.encode().decode("latin-1"), SPANISH.encode().decode("latin-1"), "iconv"
+    ),
+    "utf-8 read as latin-1": text_case(
+        SPANISH, SPANISH.encode().decode("latin-1"), "leave out --encoding latin-1",
+        encoding="latin-1",
+    ),
+    "a nul": text_case(
+        "uno\ndos\0\n" + SPANISH, "uno\ndos\n" + SPANISH, "1 NUL bytes, the first in line 2"
+    ),
+    "binary": text_case(bytes(range(16)) * 40, None, "is not text"),
+    "nothing": text_case("\n \n", None, "no text"),
+    "licence": text_case(GUTENBERG, "Uno.\nDos.\n", "cut 6 lines"),
+    "licence, kept": text_case(GUTENBERG, "".join(
+        line + "\n" for line in GUTENBERG.split("\n") if line), keep_licence=True),
+    "the end of a licence alone": text_case(
+        "Uno.\n*** END OF THIS PROJECT\nx\n", "Uno.\n", "cut 2"
+    ),
+    "wrapped lines": text_case("uno\ndos\n\ntres\n", "uno dos\ntres\n", sep="blank"),
+    "stanzas": text_case(
+        VERSE, "Sube la luna\rdespacio,\nque nadie la vio subir\r  y nadie la vio bajar.\n",
+        sep="stanza",
+    ),
+    "a poem a file": text_case(
+        "\n" + VERSE, VERSE.strip("\n").replace("\n", "\r") + "\n", sep="file"
+    ),
+    "word": text_case(b"PK\3\4", None, "pandoc a.docx", name="a.docx"),
+    "pdf": text_case(b"%PDF-1.4", None, "pdftotext a.pdf a.txt", name="a.pdf"),
+    "a page": text_case("<p>hola</p>", None, "pandoc a.HTML", name="a.HTML"),
+    "a spreadsheet": text_case(b"PK\3\4", None, "CSV", name="a.xlsx"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "read", "said", "name", "options"), TEXTS.values(), ids=TEXTS)
+def test_a_text(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: bytes,
+    read: str | None,
+    said: str,
+    name: str,
+    options: dict[str, object],
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    warned_only = options.pop("share", False)
+    error = ""
+    try:
+        found = load_stream([tmp_path / name], **options).tobytes().decode()
+        assert read is None or found == read
+        assert read is not None or warned_only
+    except HRMError as refused:
+        assert read is None
+        error = str(refused)
+    shown = capsys.readouterr().err + error
+    assert said in shown and shown.count("\n") <= 1
+    if read is not None and not said:
+        assert not shown
+
+
+def csv_bytes(rows: list[tuple[str, str]], encoding: str = "utf-8", **options: object) -> bytes:
+    file = io.StringIO(newline="")
+    csv.writer(file, **options).writerows(rows)
+    return file.getvalue().encode(encoding)
+
+
+def table_case(
+    content: bytes | str,
+    rows: list[tuple[str, str]] | None,
+    said: str = "",
+    name: str = "a.csv",
+    **options: object,
+) -> object:
+    data = content.encode() if isinstance(content, str) else content
+    return data, rows, said, name, options
+
+
+def jsonl(*names: str) -> str:
+    return "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in ROWS)
+
+
+HEADER = [("pregunta", "respuesta")]
+SENTENCES = [(f"una frase {i}", f"otra frase {i}") for i in range(9)]
+TABLES = {
+    "tsv": table_case("uno\t1\n\ndos\t2\n", [("uno", "1"), ("dos", "2")], "tab", "a.tsv"),
+    "tsv in capitals": table_case("uno\t1\n", [("uno", "1")], "tab", "A.TSV"),
+    "tsv with quotes of its own": table_case(
+        '"Sí", dijo.\t"No".\n"x\ty\n', [('"Sí", dijo.', '"No".'), ('"x', "y")], "tab", "a.tsv"
+    ),
+    "excel-tab": table_case(csv_bytes(ROWS, dialect="excel-tab"), ROWS, "tab", "a.tsv"),
+    "excel": table_case(csv_bytes(ROWS, dialect="excel"), ROWS, "comma"),
+    "spanish excel": table_case(
+        csv_bytes(HEADER + ROWS, "cp1252", delimiter=";"), ROWS, "semicolon; latin-1"
+    ),
+    "spanish excel with curly quotes": table_case(
+        csv_bytes([("“sí”", "año")], "cp1252", delimiter=";"), [("“sí”", "año")], "cp1252"
+    ),
+    "excel's utf-8": table_case(
+        b"\xef\xbb\xbf" + csv_bytes(ROWS, delimiter=";"), ROWS, "semicolon"
+    ),
+    "excel's unicode text": table_case(
+        csv_bytes(ROWS, "utf-16", dialect="excel-tab"), ROWS, "UTF-16", "a.txt"
+    ),
+    "all quoted": table_case(csv_bytes(ROWS, quoting=csv.QUOTE_ALL), ROWS, "comma"),
+    "gz": table_case(gzip.compress(csv_bytes(ROWS)), ROWS, "comma", "a.csv.gz"),
+    "a header": table_case(csv_bytes(HEADER + ROWS), ROWS, "prompt: pregunta; target: respuesta"),
+    "a header of other names": table_case(
+        csv_bytes([("frase", "versión"), *SENTENCES]), SENTENCES, "prompt: frase; target: versión"
+    ),
+    "no header": table_case("gato;cat\nperro;dog\n", [("gato", "cat"), ("perro", "dog")],
+                            "no header, first row: gato -> cat"),
+    "columns by name": table_case(
+        "id,b,a\n1,x,y\n", [("y", "x")], "not read: id", prompt_col="a", target_col="B"
+    ),
+    "columns by number": table_case("1,x,y\n", [("y", "x")], prompt_col="3", target_col="2"),
+    "a column that is not there": table_case("a;b\nx;y\n", None, "are a, b", prompt_col="c"),
+    "jsonl": table_case(jsonl("prompt", "completion"), ROWS, "JSON", "a.jsonl"),
+    "jsonl of questions": table_case(jsonl("question", "answer"), ROWS, "JSON", "a.JSONL"),
+    "jsonl of text": table_case('{"text": "uno"}\n', [("uno", "")], "no target", "a.jsonl"),
+    "jsonl of other keys": table_case(jsonl("x", "y"), None, "Its keys are x, y", "a.jsonl"),
+    "jsonl of other keys, named": table_case(
+        jsonl("y", "x"), ROWS, "JSON", "a.jsonl", prompt_col="y", target_col="x"
+    ),
+    "bad json": table_case('{"prompt": "a"}\n{"prompt"\n', None, "line 2", "a.jsonl"),
+    "no object": table_case("[1]\n", None, "line 1", "a.jsonl"),
+    "an unclosed quote": table_case('a;b\nc;"d\ne;f\n', None, "line 2"),
+    "no second column": table_case("uno\ndos\n", [("uno", ""), ("dos", "")], "2 of 2 rows"),
+    "some without a target": table_case("a;b\nc;\nd;e\n", [("a", "b"), ("c", ""), ("d", "e")],
+                                        "1 of 3 rows have no target"),
+    "on purpose": table_case("a;b\nc;\n", [("a", "b"), ("c", "")], "without target: 1", lm=True),
+    "duplicates": table_case("a;b\na;b\n", [("a", "b")] * 2, "duplicates: 1"),
+    "contradictions": table_case("a;b\na;c\n", [("a", "b"), ("a", "c")], "several targets: 2"),
+    "commas without quotes": table_case(
+        "a,b\nc,d\ne,f,g\n", [("a", "b"), ("c", "d"), ("e", "f")], "another number of cells: 1"
+    ),
+    "further tabs": table_case("a\tb\tc\n", [("a", "b\tc")], "further tabs", "a.tsv"),
+    "empty columns at the end": table_case("a\tb\t\t\n", [("a", "b")], "tab", "a.tsv"),
+    "escaped breaks": table_case(r"a;uno\ndos", [("a", "uno\ndos")], r"\n, read as line breaks: 1"),
+    "a spreadsheet itself": table_case(b"PK\3\4", None, "export it as CSV", "a.ods"),
+    "nothing": table_case("\n", None, "no rows"),
+    "a header alone": table_case("prompt,target\n", None, "only a header"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "rows", "said", "name", "options"), TABLES.values(), ids=TABLES)
+def test_a_table(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: bytes,
+    rows: list[tuple[str, str]] | None,
+    said: str,
+    name: str,
+    options: dict[str, object],
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    error = ""
+    try:
+        pairs = dataset_tsv(tmp_path / name, **options).pairs
+        expected = [tuple(c.replace("\n", "\r").encode() for c in row) for row in rows or ()]
+        assert [(p.prompt, p.target if not p.lm else b"") for p in pairs] == expected
+    except HRMError as refused:
+        assert rows is None, refused
+        error = str(refused)
+        assert "\n" not in error
+    assert said in capsys.readouterr().err + error
+
+
+def test_the_same_pairs_in_any_form_are_the_same_batches(tmp_path: Path) -> None:
+    from hrm_esp.cli.commands import NUMBERS
+
+    lines = NUMBERS.read_text("utf-8").splitlines()[:300]
+    rows = [(n, f"¡{words}, señor!") for n, words in (line.split("\t") for line in lines)]
+    (tmp_path / "a.tsv").write_text("".join(f"{p}\t{t}\n" for p, t in rows), encoding="utf-8")
+    (tmp_path / "b.csv").write_bytes(csv_bytes(HEADER + rows, "cp1252", delimiter=";"))
+    (tmp_path / "c.csv").write_bytes(csv_bytes(HEADER + rows, quoting=csv.QUOTE_ALL))
+    objects = (json.dumps({"input": p, "output": t}) for p, t in rows)
+    (tmp_path / "d.jsonl").write_text("\n".join(objects), encoding="utf-8")
+    batches = []
+    for name in ("a.tsv", "b.csv", "c.csv", "d.jsonl"):
+        found = dataset_tsv(tmp_path / name, 64).batches(lambda: (2, 1), seed=0, epoch=0)
+        batches.append([t.numpy().tobytes() for _, batch in found for t in batch])
+    assert len(batches[0]) > 100 and all(other == batches[0] for other in batches)
+
+
+def notebook_folder(folder: Path) -> None:
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("secreto")
+    (folder / "a.ipynb").write_text("{}")
+
+
+def macos_folder(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "all.zip", "w") as archive:
+        archive.writestr("books/b.txt", "dos\n")
+        archive.writestr("books/._b.txt", b"\0\5\x16\7\0secreto")
+        archive.writestr("__MACOSX/books/._b.txt", b"\0\5\x16\7\0secreto")
+        archive.writestr("books/.DS_Store", b"\0\0\0\1Bud1secreto")
+    with zipfile.ZipFile(folder / "all.zip") as archive:
+        archive.extractall(folder)
+
+
+def linked_folder(folder: Path) -> None:
+    (folder / "other").mkdir()
+    (folder / "other" / "b.txt").write_text("dos\n")
+    (folder / "link").symlink_to(folder / "other")
+    (folder / "other" / "loop").symlink_to(folder)
+    (folder / "c.txt").symlink_to(folder / "a.txt")
+
+
+def folder_of_documents(folder: Path) -> None:
+    for name in ("x.docx", "y.DOCX", "z.pdf", "w.epub", "data.csv", "noending"):
+        (folder / name).write_bytes(b"secreto")
+    (folder / "B.TXT").write_text("dos\n")
+
+
+FOLDERS = [
+    (notebook_folder, "uno\n", "1 hidden, 1 .ipynb"),
+    (macos_folder, "uno\ndos\n", "3 hidden"),
+    (linked_folder, "uno\ndos\n", ""),
+    (folder_of_documents, "dos\nuno\n", "pandoc"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "read", "said"), FOLDERS, ids=lambda x: getattr(x, "__name__", "")
+)
+def test_a_folder(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], None],
+    read: str,
+    said: str,
+) -> None:
+    (tmp_path / "a.txt").write_text("uno\n")
+    make(tmp_path)
+    assert load_stream([tmp_path]).tobytes().decode() == read
+    shown = capsys.readouterr().err
+    assert said in shown and shown.count("\n") == bool(said)
+
+
+def test_a_folder_without_text_names_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.docx").write_bytes(b"PK")
+    with pytest.raises(HRMError, match=r"1 \.docx.*pandoc"):
+        load_stream([tmp_path])
+
+
+def test_copies_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"Esta es la línea número {i} de un libro." for i in range(200)]
+    for name, content in {
+        "a.txt": lines,
+        "b.txt": [*lines[:195], "Otra.", "línea más."],  # nearly the same
+        "c.txt": [f"Otro libro, línea {i}." for i in range(200)],
+    }.items():
+        (tmp_path / name).write_text("\n".join(content), encoding="utf-8")
+    (tmp_path / "d.txt").write_text("\r\n".join(lines), encoding="utf-8")
+    load_stream([tmp_path])
+    shown = capsys.readouterr().err
+    assert "2 files repeat the text of another one" in shown and "c.txt" not in shown
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "d.txt").unlink()
+    load_stream([tmp_path])
+    assert not capsys.readouterr().err
+
+
+def test_held_out_text_in_the_training_text_is_said(run: Run, tmp_path: Path) -> None:
+    lines = [f"Esta es la línea número {i} de un libro cualquiera." for i in range(100)]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "val.txt").write_text("\n".join([*lines[:25], *(x[::-1] for x in lines[25:])]))
+    args = ("pretrain", "corpus.txt", "--steps", "1", *SMALL, "--overwrite")
+    assert "25% of the held-out text" in run(*args, "--val", "val.txt").stderr
+    assert "of the held-out text" not in run(*args).stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("a" * 3000, "one document of"), ("un solo documento, sin más\n", "one document of"),
+     ("abc", "one document of"), ("a\nb\n" * 50, "documents")],
+    ids=["one line", "one document", "three bytes", "many"],
+)  # fmt: skip
+def test_any_corpus_is_described_and_trained_on(
+    run: Run, tmp_path: Path, content: str, said: str
+) -> None:
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    out = run("pretrain", "a.txt", "--steps", "1", "--size", "tiny", *SMALL)
+    assert out.returncode == 0, out.stderr
+    (line,) = [line for line in out.stderr.splitlines() if line.startswith("corpus: ")]
+    assert said in line and "--size tiny" not in out.stderr
+
+
+def test_verse_is_noticed_and_kept(run: Run, tmp_path: Path) -> None:
+    stanza = (
+        "Sube la luna despacio\ncon un farol en la mano,\ny en la puerta de la venta\n"
+        "se ha dormido un perro blanco"
+    )
+    (tmp_path / "verse.txt").write_text("\n\n".join([f"{stanza} {i}." for i in range(40)]), "utf-8")
+    (tmp_path / "prose.txt").write_text(TEXT, "utf-8")
+    args = ("--steps", "2", *SMALL, "--overwrite")
+    assert "--sep stanza" in run("pretrain", "verse.txt", *args).stderr
+    assert "--sep stanza" not in run("pretrain", "prose.txt", *args).stderr
+    out = run("pretrain", "verse.txt", *args, "--sep", "stanza")
+    assert out.returncode == 0 and "--sep stanza" not in out.stderr
+    score = json.loads(run("evaluate", "verse.txt", "--json").stdout)  # separated as in training
+    assert score["n"] == sum(len(f"{stanza} {i}.".encode()) + 1 for i in range(40))
+    prompt = "Sube la luna\ncon un farol\n"
+    out = run("generate", "--prompt", prompt, "--max_new_tokens", "40", "--seed", "1")
+    assert out.stdout.startswith(prompt) and "\r" not in out.stdout
+
+
+def test_prompts_of_a_table_and_answers_as_a_new_column(
+    trained: Path, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    (tmp_path / "q.csv").write_bytes(
+        csv_bytes([("tema", "pregunta"), ("a", "1\n2"), ("b", "¿7?")], "cp1252", delimiter=";")
+    )
+    args = ("generate", "--prompts", "q.csv", "--max_new_tokens", "6")
+    out = run(*args, "-o", "answers.csv")
+    assert out.returncode == 0 and "prompt: pregunta" in out.stderr, out.stderr
+    answers = read_table(tmp_path / "answers.csv", target_col="answer")
+    assert answers.names == ["tema", "pregunta", "answer"] and answers.separator == ";"
+    assert [cells[:2] for cells in answers.cells] == [["a", "1\n2"], ["b", "¿7?"]]
+    shown = [json.loads(line) for line in run(*args, "--json").stdout.splitlines()]
+    assert [s["prompt"] for s in shown] == ["1\n2", "¿7?"]
+    assert [s["text"] for s in shown] == [cells[2] for cells in answers.cells]
+    assert run(*args, "-o", "q.csv").returncode == 2  # not over the questions
+    out = run(*args, "-o", "a.jsonl", "--num_samples", "2", "--temperature", "1")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
+    assert [row["tema"] for row in rows] == ["a", "a", "b", "b"]
+    (tmp_path / "plain.txt").write_text("uno\ndos\n")
+    out = run("generate", "--prompts", "plain.txt", "-o", "p.tsv", "--max_new_tokens", "3")
+    assert read_table(tmp_path / "p.tsv").prompts() == ["uno", "dos"], out.stderr
+
+
+def test_a_table_that_is_written_is_read_back(tmp_path: Path) -> None:
+    for name in ("a.csv", "a.tsv", "a.jsonl"):
+        write_table(tmp_path / name, ["prompt", "target"], ROWS)
+        assert list(read_table(tmp_path / name).rows()) == ROWS
+
+
+def test_a_hyperparameter_without_a_flag_may_be_given_like_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(GUTENBERG, encoding="utf-8")
+    args = ("pretrain", "a.txt", "--steps", "1", *SMALL, "--overwrite", "--seed", "3")
+    assert "cut 6 lines" in run(*args).stderr
+    for flags in (("--keep_licence",), ("--set", "keep_licence=true"), ("--keep-licence=yes",)):
+        out = run(*args, *flags, "--warmup", "3", "--no_grow")
+        assert out.returncode == 0 and "cut" not in out.stderr, out.stderr
+
+
+def test_a_table_without_targets_is_plain_text_only_on_purpose(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text(TEXT, encoding="utf-8")
+    args = ("finetune", "a.tsv", "--from_scratch", "--steps", "1", "--set", "d_model=32")
+    out = run(*args)
+    assert out.returncode == 2 and "--lm" in out.stderr.splitlines()[-1]
+    assert run(*args, "--lm").returncode == 0
+
+
+def test_line_breaks_of_cells_are_learned(tmp_path: Path) -> None:
+    """A prompt's line break is what it was in training, and the answer has real ones."""
+    import torch
+    from conftest import CONFIG
+
+    from hrm_esp import FinetuneConfig, generate, load_model, train_ft
+
+    rows = [(f"{a}\n{b}", f"{b}\n{a}") for a in "abcde" for b in "abcde"]
+    write_table(tmp_path / "a.csv", ["prompt", "target"], rows)
+    options = FinetuneConfig(steps=200, out_dir=str(tmp_path), val_fraction=0.0, dropout=0.0)
+    model = load_model(
+        train_ft(tmp_path / "a.csv", CONFIG, options, device=torch.device("cpu")).best
+    )
+    assert model.config.line_breaks
+    answers = [generate(model, prompt, max_new_tokens=9) for prompt, _ in rows]
+    assert np.mean([a == t for a, (_, t) in zip(answers, rows, strict=True)]) > 0.8
+    assert generate(model, "a\r\nb", max_new_tokens=9) == generate(model, "a\nb", max_new_tokens=9)
+
+
+def test_plans_as_json(trained: Path, run: Run) -> None:
+    out = run("plans", "corpus.txt", "--json", cwd=trained)
+    found = [json.loads(line) for line in out.stdout.splitlines()]
+    assert [f["text"] for f in found] == TEXT.split("\n")
+    for f in found:
+        assert sum(f["probabilities"]) == pytest.approx(1, abs=1e-4)
+        assert f["code"] == int(np.argmax(f["probabilities"])) and len(f["vector"]) == 16
+
+
+def test_prompts_in_utf16_from_standard_input(trained: Path, hrm_esp_command: list[str]) -> None:
+    import subprocess
+
+    out = subprocess.run(
+        [*hrm_esp_command, "generate", "--prompts", "-", "--json", "--max_new_tokens", "2"],
+        cwd=trained, input="niño\nseñor\n".encode("utf-16"), capture_output=True,
+    )  # fmt: skip
+    assert [json.loads(line)["prompt"] for line in out.stdout.splitlines()] == ["niño", "señor"]
