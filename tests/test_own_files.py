@@ -185,7 +185,7 @@ TABLES = {
                                         "1 of 3 rows have no target"),
     "on purpose": table_case("a;b\nc;\n", [("a", "b"), ("c", "")], "without target: 1", lm=True),
     "duplicates": table_case("a;b\na;b\n", [("a", "b")] * 2, "duplicates: 1"),
-    "contradictions": table_case("a;b\na;c\n", [("a", "b"), ("a", "c")], "several targets: 2"),
+    "contradictions": table_case("a;b\na;c\n", [("a", "b"), ("a", "c")], "another target: 2"),
     "commas without quotes": table_case(
         "a,b\nc,d\ne,f,g\n", [("a", "b"), ("c", "d"), ("e", "f")], "another number of cells: 1"
     ),

@@ -17,7 +17,9 @@ README, SPANISH, GUIDE = (ROOT / name for name in ("README.md", "README.es.md", 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 SPANISH_NAMES = {
     "reservado.txt": "held_out.txt",
-    "datos.tsv": "data.tsv",
+    "datos.csv": "data.csv",
+    "preguntas.csv": "questions.csv",
+    "respuestas.csv": "answers.csv",
     "tildes.tsv": "accents.tsv",
 }
 
@@ -68,7 +70,12 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     (tmp_path / "old.txt").write_text(TEXT.replace("—", "-"), encoding="latin-1")
     for name in ("data.tsv", "held_out.tsv"):
         (tmp_path / name).write_text(PAIRS, encoding="utf-8")
+    (tmp_path / "data.csv").write_text(
+        "frase,corregida\n" + PAIRS.replace("\t", ","), encoding="utf-8"
+    )
+    (tmp_path / "poems.txt").write_text(TEXT.replace("\n", "\n\n"), encoding="utf-8")
     (tmp_path / "questions.txt").write_text("12\n7\n", encoding="utf-8")
+    (tmp_path / "questions.csv").write_text("tema;pregunta\na;12\nb;7\n", encoding="utf-8")
     for name in ("hrm_esp", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path

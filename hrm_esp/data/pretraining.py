@@ -141,6 +141,7 @@ def dataset_lm(
     preceding_len: int = 0,
     encoding: str = "utf-8",
     token_file: PathLike | None = None,
+    sep: str = "line",
 ) -> LMDataset:
     """Loads text files as windows of ``max_len`` tokens for pretraining.
 
@@ -148,10 +149,11 @@ def dataset_lm(
         paths: files or folders; ``.gz`` is decompressed.
         planner_input, preceding_len: see `LMDataset`.
         token_file: see `load_stream`.
+        sep: what ends a document, see `load_documents`.
 
     Raises:
         HRMError: a file cannot be read, or none holds any text.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-    stream = load_stream(paths, encoding, token_file)
+    stream = load_stream(paths, encoding, token_file, sep)
     return LMDataset(stream, max_len, planner_input, preceding_len)

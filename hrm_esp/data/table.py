@@ -130,15 +130,15 @@ class Table:
         widths = Counter(map(len, self.cells)) if self.separator in (";", ",") else Counter([0])
         n_other = widths.total() - widths.most_common(1)[0][1]
         found = {
-            "without target": sum(not target.strip() for _, target in rows),
+            "rows without target": sum(not target.strip() for _, target in rows),
             "duplicates": len(rows) - len(counts),
-            "with a prompt that has several targets": n_contradicting,
-            "with further tabs, which are part of the target": n_long,
-            "with another number of cells": n_other,
+            "rows with the prompt of another row but another target": n_contradicting,
+            "rows with further tabs, which are part of the target": n_long,
+            "rows with another number of cells": n_other,
             r"cells with \n, read as line breaks": self.escaped_breaks,
         }
         said = [f"{what}: {n:,}" for what, n in found.items() if n]
-        return f"; rows {', '.join(said)}" if said else ""
+        return f"; {', '.join(said)}" if said else ""
 
     def _n_columns(self) -> int:
         return len(self.names) or max(map(len, self.cells), default=0)
