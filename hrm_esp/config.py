@@ -129,8 +129,7 @@ class HRMConfig:
         low=0,
     )
     dropout: float = option(0.0, "model", "dropout rate", low=0, below=1)
-    # Not options: PretrainConfig.denoise and FinetuneConfig.context decide the first,
-    # PretrainConfig.sep and the pairs of finetuning the others.
+    # Not options: decided by PretrainConfig.denoise and sep, FinetuneConfig.context and the pairs.
     cross_attention: bool = field(default=False, metadata={"hidden": True})
     sep: str = field(default="line", metadata={"hidden": True, "choices": SEPARATORS})
     line_breaks: bool = field(default=False, metadata={"hidden": True})  # inside documents
@@ -302,15 +301,10 @@ class FinetuneConfig(TrainConfig):
     """Options of finetuning."""
 
     prompt_col: str | None = option(
-        None,
-        "data",
-        "column of the prompts: its name in the header, or its number from 1 (default: found out)",
-        metavar="NAME",
-        type=str,
-    )
-    target_col: str | None = option(
-        None, "data", "column of the targets (default: found out)", metavar="NAME", type=str
-    )
+        None, "data", "column of the prompts: name in the header, or number from 1",
+        metavar="NAME", type=str,
+    )  # fmt: skip
+    target_col: str | None = option(None, "data", "column of the targets", metavar="NAME", type=str)
     lm: bool = option(False, "data", "take rows without a target as plain text on purpose")
     batch_size: int = option(
         2, "training", "size of a batch of pairs per process, in units of max_len bytes", low=1

@@ -3,6 +3,7 @@ import unicodedata
 from number_words import sample, words
 
 from hrm_esp.cli.commands import NUMBERS, SAMPLES, STORIES
+from hrm_esp.data.report import looks_like_verse
 
 HELD_OUT = SAMPLES / "numeros.held_out.tsv"
 
@@ -47,3 +48,16 @@ def test_the_shipped_stories() -> None:
     for story in stories:
         assert story.count("¿") == story.count("?") and story.count("¡") == story.count("!")
         assert story.count("«") == story.count("»") and "  " not in story
+
+
+def test_the_shipped_verse() -> None:
+    text = (SAMPLES / "versos.txt").read_text(encoding="utf-8")
+    assert len(text.encode()) >= 40_000 and text == unicodedata.normalize("NFC", text)
+    lines = [line for line in text.split("\n") if line]
+    assert len(set(lines)) == len(lines) and "\n\n\n" not in text
+    assert all(12 < len(line) < 50 and line == line.strip() for line in lines)
+    assert all(c.isalpha() or c in " ,.;:¿?¡!«»—()…\n" for c in text)
+    for opening, closing in ("«»", "¿?", "¡!"):
+        assert text.count(opening) == text.count(closing)
+    assert looks_like_verse("\n".join(lines).encode())
+    assert not looks_like_verse(STORIES.read_bytes()) and not looks_like_verse(NUMBERS.read_bytes())

@@ -121,8 +121,8 @@ def sample_chunks(stream: ByteStream, n_chunks: int = 64) -> Iterator[bytes]:
 
 def looks_like_verse(sample: bytes) -> bool:
     """Whether most lines are short, of several words, and not the end of a sentence. Lists of words
-    and lists of sentences are no verse."""
-    lines = [line for line in sample.split(b"\n") if line]
+    or sentences and tables are no verse."""
+    lines = [line for line in sample.split(b"\n") if line and b"\t" not in line]
     if len(lines) < 20:
         return False
     lengths = sorted(map(len, lines))
