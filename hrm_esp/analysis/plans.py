@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data import encode_prompt, is_table, load_documents, pad, prompt_tokens, read_table
+from ..console import print0
+from ..data import (
+    document_text,
+    encode_prompt,
+    is_table,
+    load_stream,
+    pad,
+    prompt_tokens,
+    read_table,
+)
+from ..data.corpus_files import CONVERSIONS, SUFFIXES
 from ..device import eval_mode
 from ..errors import HRMError
 from ..evaluation import perplexity
@@ -62,20 +72,37 @@ def compute_plans(model: HRMModel, texts: Sequence[str]) -> Plans:
     )
 
 
-def read_texts(arguments: Sequence[str], sep: str = "line") -> Iterator[str]:
+def read_texts(
+    arguments: Iterable[str], encoding: str = "utf-8", sep: str = "line"
+) -> Iterator[str]:
     """Yields the documents of arguments that are files (of a table the prompts), and other
     arguments as they are.
 
     Args:
         sep: what ends a document, see `load_documents`.
+
+    Raises:
+        HRMError: a file cannot be read, or a name of a file that does not exist.
     """
     for argument in arguments:
-        if not Path(argument).is_file():
-            yield argument
-        elif is_table(argument):
-            yield from read_table(argument, prompts_only=True).prompts()
+        if is_table(argument):
+            table = read_table(argument, encoding, prompts_only=True)
+            print0(table.describe())
+            yield from table.prompts()
+        elif is_file_name(argument):
+            for document in bytes(load_stream([argument], encoding, sep=sep)).split(b"\n")[:-1]:
+                yield document_text(document)
         else:
-            yield from load_documents(argument, sep=sep)
+            yield argument
+
+
+def is_file_name(argument: str) -> bool:
+    """Whether an argument is a file or folder, or named like one, rather than a text."""
+    try:
+        exists = Path(argument).exists()
+    except (OSError, ValueError):  # too long for a name
+        return False
+    return exists or argument.lower().endswith((*SUFFIXES, *CONVERSIONS))
 
 
 def as_dicts(plans: Plans) -> Iterator[dict[str, Any]]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import (
     DEFAULT_DIR,
@@ -106,9 +105,9 @@ def generate(args: argparse.Namespace) -> None:
         raise HRMError("num_samples and batch_size must be at least 1")
     if args.out is not None:
         check_out(args)
-    prompt = drop_stray_bytes(args.prompt or "")
+    prompt = clean_argument(args.prompt or "")
     if "stop" in args:
-        args.stop = [drop_stray_bytes(s) for s in args.stop]
+        args.stop = [clean_argument(s) for s in args.stop]
     config = from_args(GenerationConfig, args)
     model = load_model(args)
 
@@ -168,30 +167,24 @@ def write_completions(
 ) -> None:
     """Writes the rows of the table of --prompts, or the prompts, with a column of the texts."""
     from ..data import write_table
+    from ..data.table import unique
 
     n = 0
 
-    def rows() -> Iterator[list[str | None]]:
+    def rows() -> Iterator[list[Any]]:
         nonlocal n
         for completion in completions:
-            cells: list[str | None] = [completion.prompt]
-            if table is not None:
-                cells = table.cells[n // args.num_samples]
-                cells = cells + [None] * (len(names) - 1 - len(cells))
+            cells = [completion.prompt] if table is None else table.cells[n // args.num_samples]
             n += 1
-            yield [*cells, completion.text]
+            yield [*cells, *[None] * (width - len(cells)), completion.text]
 
-    names = ["prompt"] if table is None else table.column_names()
-    names = [*names, unused_name("answer", names)]
-    separator = "," if table is None else table.separator
-    write_table(args.out, names, rows(), separator if separator in (";", ",") else ",")
+    names = ["prompt"] if table is None else table.names
+    width = max(len(names), 1 if table is None else max(map(len, table.cells)))
+    made_up = [f"column {i + 1}" for i in range(len(names), width)]
+    separator = "," if table is None or table.separator not in (";", ",") else table.separator
+    columns = unique([*names, *made_up, "answer"])
+    write_table(args.out, columns, rows(), separator, header=len(names) > 0)
     print(f"{n:,} texts in {args.out}")
-
-
-def unused_name(name: str, names: Sequence[str]) -> str:
-    """Returns ``name``, or with a number if there is a column of this name."""
-    candidates = (name if i == 1 else f"{name}_{i}" for i in itertools.count(1))
-    return next(candidate for candidate in candidates if candidate not in names)
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -206,9 +199,11 @@ def check_out(args: argparse.Namespace) -> None:
         raise HRMError(f"-o would overwrite {args.prompts}: give another file")
 
 
-def drop_stray_bytes(argument: str) -> str:
-    """Removes bytes that are not UTF-8 from an argument."""
-    return os.fsencode(argument).decode(errors="ignore")
+def clean_argument(argument: str) -> str:
+    """Returns a text from the command line without bytes that are not UTF-8, its line breaks as
+    LF."""
+    text = os.fsencode(argument).decode(errors="ignore")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def use_utf8_stdout() -> None:
@@ -223,9 +218,15 @@ def use_utf8_stdout() -> None:
 
 
 def read_prompts(path: str, encoding: str) -> Iterator[str]:
-    """Yields the lines of a file, or of standard input, as they come; blank ones too."""
-    from ..data.text import TextStats, read_lines
+    """Yields the lines of a file, or of standard input as they come; blank ones too."""
+    from ..data.text import TextStats, read_lines, read_text
 
+    if Path(path).is_file():
+        text, found = read_text(path, encoding, 1.0)
+        if found != encoding:
+            print(f"warning: {path} is not UTF-8: read as {found}", file=sys.stderr)
+        yield from text.split("\n")
+        return
     stats = TextStats()
     for line in read_lines(path, encoding, stats):
         stats.add(line)
@@ -248,6 +249,13 @@ def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
 def evaluate(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise HRMError(f"batch_size must be at least 1, not {args.batch_size}")
+    from ..data import is_table
+
+    of_table, of_text = ("prompt_col", "target_col", "lm"), ("sep", "keep_licence")
+    for name in of_text if is_table(args.file) else of_table:
+        if getattr(args, name):
+            kind = "a text" if is_table(args.file) else "a table"
+            raise HRMError(f"--{name} is for {kind}: leave it out")
     model = load_model(args)
 
     from .. import evaluation
@@ -302,7 +310,8 @@ def plans(args: argparse.Namespace) -> None:
 
     from ..analysis.plans import as_dicts, compute_plans, draw_map, read_texts, report
 
-    found = compute_plans(model, list(read_texts(args.texts, model.config.sep)))
+    texts = read_texts(map(clean_argument, args.texts), args.encoding, model.config.sep)
+    found = compute_plans(model, list(texts))
     use_utf8_stdout()
     lines = (json.dumps(d, ensure_ascii=False) for d in as_dicts(found))
     for line in lines if args.json else report(found):

@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("pretrain", _add_pretrain, "Train a model on text."),
         ("finetune", _add_finetune, "Finetune a model on prompts and targets."),
         ("generate", _add_generate, "Continue a prompt, or answer it."),
-        ("evaluate", _add_evaluate, "Score a model on a text, or on a .tsv of pairs."),
+        ("evaluate", _add_evaluate, "Score a model on a text, or on a table of pairs."),
         ("pairs", _add_pairs, "Make pairs for restoring accents from a text."),
         ("plans", _add_plans, "Show what the plans of texts stand for."),
         ("plot", _add_plot, "Draw the curves of runs."),
@@ -240,6 +240,7 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
         help="a JSON object per text: text, code, probabilities of the codes, vector",
     )
     _add_ckpt(parser)
+    parser.add_argument("--encoding", default="utf-8", help="encoding of files (default: utf-8)")
     parser.add_argument("-o", "--out", metavar="FILE", help="draw a map: .png, .svg or .pdf")
     _add_device(parser)
 
@@ -373,29 +374,33 @@ class SetAction(argparse.Action):
         setattr(namespace, name, parse_value(known[name], text))
 
 
+# The configs of which each command of training has flags, and those it sets with --set, too.
+CONFIGS: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+    "pretrain": ((HRMConfig, PretrainConfig), ()),
+    "finetune": ((FinetuneConfig,), (HRMConfig,)),
+}
+
+
 def expand_options(argv: Sequence[str]) -> list[str]:
     """Replaces ``--name value`` by ``--set name=value`` for the hyperparameters of training that
     have no flag; for one that is true or false, also ``--name`` and ``--no_name``."""
-    if not argv or argv[0] not in ("pretrain", "finetune"):
+    if not argv or argv[0] not in CONFIGS:
         return list(argv)
-    known = {
-        name: f
-        for name, f in options(HRMConfig, PretrainConfig, FinetuneConfig).items()
-        if not f.metadata["flag"]
-    }
+    with_flags, others = CONFIGS[argv[0]]
+    flags = {name for name, f in options(*with_flags).items() if f.metadata["flag"]}
+    known = {n: f for n, f in options(*with_flags, *others).items() if n not in flags}
     words, expanded = iter(argv), []
     for word in words:
         flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").removeprefix("no_")
-        if (
-            not flag.startswith("--")
-            or name not in known
-            or argv[0] not in ("pretrain", "finetune")
-        ):
+        name = flag.removeprefix("--")
+        is_no = name.startswith("no_") and not equals
+        name = name.removeprefix("no_") if is_no else name
+        is_bool = name in known and isinstance(known[name].default, bool)
+        if not flag.startswith("--") or name not in known or (is_no and not is_bool):
             expanded.append(word)
             continue
-        if isinstance(known[name].default, bool) and not equals:
-            value = "false" if flag.startswith("--no_") else "true"
+        if is_bool and not equals:
+            value = "false" if is_no else "true"
         elif not equals:
             value = next(words, "")
         expanded += ["--set", f"{name}={value}"]

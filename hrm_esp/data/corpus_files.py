@@ -13,24 +13,26 @@ from ..errors import HRMError
 from ..files import PathLike
 
 SUFFIXES = (".txt", ".txt.gz")  # files that are read from a folder, in any case
-WORD_PROCESSOR = "save it as plain text, or pandoc FILE -t plain --wrap=none -o FILE.txt"
+PANDOC = "pandoc {file} -t plain --wrap=none -o {stem}.txt"
+WORD_PROCESSOR = f"save it as plain text, or {PANDOC}"
 SPREADSHEET = "export it as CSV"
 # How to convert files that are not plain text.
 CONVERSIONS = {
-    ".pdf": "pdftotext FILE FILE.txt, then --sep blank",
+    ".pdf": "pdftotext {file} {stem}.txt, then --sep blank",
     ".docx": WORD_PROCESSOR,
     ".doc": WORD_PROCESSOR,
     ".odt": WORD_PROCESSOR,
     ".rtf": WORD_PROCESSOR,
-    ".epub": "pandoc FILE -t plain --wrap=none -o FILE.txt",
-    ".html": "pandoc FILE -t plain --wrap=none -o FILE.txt",
-    ".htm": "pandoc FILE -t plain --wrap=none -o FILE.txt",
+    ".epub": PANDOC,
+    ".html": PANDOC,
+    ".htm": PANDOC,
     ".xlsx": SPREADSHEET,
     ".xls": SPREADSHEET,
     ".ods": SPREADSHEET,
     ".zip": "unpack it",
 }
 SKETCH_SIZE = 64  # hashes of documents that stand for a file
+MIN_SKETCH = 10  # of a file that is compared: two short lists may be equal by chance
 MIN_COMMON = 0.8  # share of them that two copies of a text have in common
 
 
@@ -67,8 +69,7 @@ def check_is_text(path: PathLike) -> None:
     """Raises HRMError if the name of a file is that of a document which has to be converted."""
     suffix = Path(path).suffix.lower()
     if suffix in CONVERSIONS:
-        advice = CONVERSIONS[suffix].replace("FILE", Path(path).stem)
-        advice = advice.replace(f"{Path(path).stem} ", f"{Path(path).name} ", 1)
+        advice = CONVERSIONS[suffix].format(file=path, stem=Path(path).stem)
         raise HRMError(f"{path} is not plain text: {advice}")
 
 
@@ -94,6 +95,7 @@ def _describe(skipped: Counter[str]) -> str:
     kinds = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common())
     advice = dict.fromkeys(CONVERSIONS[kind] for kind in skipped if kind in CONVERSIONS)
     convert = f"; to read them: {'; '.join(advice)}" if advice else ""
+    convert = convert.format(file="FILE", stem="FILE")
     return f"{skipped.total()} files or folders in all: {kinds}{convert}"
 
 
@@ -121,6 +123,8 @@ class CopyFinder:
     def end(self, name: PathLike) -> None:
         """Compares the file that was read with the earlier ones."""
         sketch = self._smallest()
+        if len(sketch) < MIN_SKETCH:
+            return
         shared = Counter(file for value in sketch for file in self.files_of.get(value, ()))
         (other, n), *_ = shared.most_common(1) or [("", 0)]
         if n and n >= MIN_COMMON * len(sketch):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import re
 
-# UTF-32 first: its mark begins with that of UTF-16.
+# UTF-32 before UTF-16: its mark begins with that of UTF-16.
 MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -30,7 +31,7 @@ def is_utf8(encoding: str) -> bool:
 
 
 def marked_encoding(head: bytes) -> str | None:
-    """Returns the encoding that a byte order mark names; ``None`` without one, or for UTF-8."""
+    """Returns the encoding that a byte order mark names, if there is one."""
     return next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
 
 

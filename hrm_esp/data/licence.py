@@ -6,8 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-START = re.compile(r"\*\*\* ?START OF TH", re.IGNORECASE)
-END = re.compile(r"\*\*\* ?END OF TH", re.IGNORECASE)
+HINTS = ("***", "*END*", "Gutenberg")  # one of them is in each line that START or END match
+START = re.compile(
+    r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG|^\*END\* ?THE SMALL PRINT", re.IGNORECASE
+)
+END = re.compile(
+    r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG|^End of (?:the |this )?Project Gutenberg",
+    re.IGNORECASE,
+)
 MAX_HEADER_LINES = 1000  # lines before START that are held back until it comes
 
 
@@ -19,7 +25,8 @@ class CutLines(Protocol):
 
 def cut_licence(lines: Iterable[str], stats: CutLines) -> Iterator[str]:
     """Yields the lines of a text without Project Gutenberg's licence: without what stands before
-    ``*** START OF ...``, and from ``*** END OF ...`` to the end or to the next ``*** START``.
+    ``*** START OF ...``, and from ``*** END OF ...`` to the end or to the next ``*** START``. Old
+    files have other such lines.
 
     Args:
         stats: its ``licence_lines`` counts the lines that are cut.
@@ -27,10 +34,11 @@ def cut_licence(lines: Iterable[str], stats: CutLines) -> Iterator[str]:
     held_back: list[str] | None = []  # lines that are part of the licence if START comes
     is_after_end = False
     for line in lines:
-        if "***" in line and START.search(line):
+        is_marked = any(hint in line for hint in HINTS)
+        if is_marked and START.search(line):
             stats.licence_lines += 1 + len(held_back or ())
             held_back, is_after_end = None, False
-        elif is_after_end or ("***" in line and END.search(line)):
+        elif is_after_end or (is_marked and END.search(line)):
             stats.licence_lines += 1
             yield from held_back or ()
             held_back, is_after_end = None, True

@@ -15,7 +15,7 @@ CHUNK_BYTES = 2**24  # read at once: a corpus may be larger than memory
 SAMPLE_BYTES = 2**22  # from all parts of the corpus, for statistics of words and lines
 MAX_COUNTED_LENGTH = 4096  # longer documents share one bin of the histogram
 SPANISH = re.compile(rb"\b(?:de|la|que|el|en|y|los|se)\b", re.IGNORECASE)
-SENTENCE_END = re.compile(rb"[.!?:\xbb\"]\s*$|\xe2\x80[\xa6\x9d]\s*$")  # ... and quotes, too
+SENTENCE_END = re.compile(rb"[.!?:)'\"\xbb]\s*$|\xe2\x80[\xa6\x99\x9d]\s*$")  # ... and quotes, too
 MIN_COMMON_WORDS = 12  # in 1,000 bytes: Spanish prose has about 40, English 2
 MIN_BYTES_PER_WEIGHT = 1 / 20  # with less text the model overfits
 N_TINY_WEIGHTS = 1_500_000  # a model of size tiny has fewer
@@ -64,7 +64,8 @@ class CorpusStats:
         elif self.like_verse and sep == "line":
             yield (
                 "many short lines of uneven length, each a document of its own: for verse, "
-                "dialogue or code give --sep stanza, which keeps the line breaks"
+                "dialogue or code give --sep stanza, which keeps the line breaks; for paragraphs "
+                "that are wrapped --sep blank"
             )
         if self.repeated > 0.3:
             yield f"{self.repeated:.0%} of the text is repeated lines: remove the copies"

@@ -16,11 +16,12 @@ from typing import IO
 
 import numpy as np
 
+from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike, mmap_cached
 from ..tokenizer import BOS, inputs_to_targets
 from .corpus_files import CopyFinder, text_files
-from .text import MAX_UNDECODABLE, TextStats, document_bytes, load_documents
+from .text import LINE_BREAK, MAX_UNDECODABLE, TextStats, document_bytes, load_documents
 
 BREAK = 10  # the byte that ends a document
 VAL_FRACTION = 0.05  # default share of the data that is held out
@@ -56,12 +57,20 @@ def write_stream(
     """
     n_documents, copies = 0, CopyFinder()
     for path in files:
-        stats = TextStats()
-        documents = load_documents(path, encoding, sep, stats, keep_licence)
-        for document in copies.read(map(document_bytes, documents)):
-            out.write(document + b"\n")
+        start, file_encoding = out.tell(), encoding
+        while True:
+            stats = TextStats()
+            documents = load_documents(path, file_encoding, sep, stats, keep_licence)
+            for document in copies.read(map(document_bytes, documents)):
+                out.write(document + b"\n")
+            if (true := stats.true_encoding()) is None:
+                break
+            print0(f"warning: {path} is not UTF-8: read as {true} (as with --encoding {true})")
+            file_encoding = true
+            out.seek(start)
+            out.truncate()
         copies.end(path)
-        stats.report(path, encoding, MAX_UNDECODABLE)
+        stats.report(path, file_encoding, MAX_UNDECODABLE)
         n_documents += stats.documents
     copies.report()
     if not n_documents:
@@ -107,7 +116,7 @@ def split_stream(stream: ByteStream, fraction: float | None) -> tuple[ByteStream
 
     Args:
         fraction: of the stream, about; ``None`` is 5%. The split falls between two documents unless
-            the next one is longer than half the tail.
+            the next one is longer than half the tail, then between two lines where possible.
 
     Returns:
         The training part and the held-out part.
@@ -115,7 +124,9 @@ def split_stream(stream: ByteStream, fraction: float | None) -> tuple[ByteStream
     fraction = VAL_FRACTION if fraction is None else fraction
     cut = len(stream) - round(len(stream) * fraction)
     middle = (cut + len(stream)) // 2
-    (breaks,) = np.nonzero(stream[cut:middle] == BREAK)
-    if len(breaks):
-        cut += int(breaks[0]) + 1
+    for end in (BREAK, ord(LINE_BREAK)):
+        (breaks,) = np.nonzero(stream[cut:middle] == end)
+        if len(breaks):
+            cut += int(breaks[0]) + 1
+            break
     return stream[:cut], stream[cut:]

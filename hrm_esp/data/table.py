@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -18,22 +19,21 @@ from typing import Any
 
 from ..errors import HRMError
 from ..files import PathLike
-from .corpus_files import check_is_text
-from .encodings import guess_encoding, is_utf8
-from .text import MAX_UNDECODABLE, TextStats, read_lines
+from .encodings import is_utf8
+from .text import display_name, read_text
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 SEPARATORS = ("\t", ";", ",")
-SEPARATOR_NAMES = {"\t": "tab", ";": "semicolon", ",": "comma", "": "JSON"}
+NAMES = {"\t": "tab", ";": "semicolon", ",": "comma"}
 # Names of the columns, in a header or as keys of JSON: of the prompt, and of the target.
 PAIR_NAMES = (
     ("prompt", "target"),
     ("prompt", "completion"),
     ("prompt", "response"),
     ("prompt", "answer"),
-    ("input", "output"),
     ("instruction", "output"),
     ("instruction", "response"),
+    ("input", "output"),
     ("question", "answer"),
     ("source", "target"),
     ("pregunta", "respuesta"),
@@ -42,9 +42,20 @@ PAIR_NAMES = (
     ("origen", "destino"),
 )
 TEXT_NAMES = ("text", "texto")  # of plain text, without a target
+# Words that name a column of a spreadsheet.
+COLUMN_WORDS = frozenset(
+    """id número numero nombre alumno alumna curso tema nivel nota fecha autor título titulo idioma
+    frase frases oración oracion texto textos original corregida corregido corrección correccion
+    correcta incorrecta palabra palabras lema forma significado definición definicion sinónimo
+    traducción traduccion español inglés francés resumen solución solucion resultado categoría
+    number name topic level grade date author title language sentence phrase text word correct
+    corrected correction meaning definition translation spanish english french summary
+    label""".split()
+) | {name for pair in PAIR_NAMES for name in pair}
 N_SNIFFED_ROWS = 1000  # rows that decide the separator
-MIN_SHARE = 0.4  # of them that a separator must split into the same number of cells
+MIN_SHARE = 0.5  # of them that a separator must split into the same number of cells
 MAX_WORDS = 0.05  # share of single words in a table whose header is of single words
+MAX_HEADER_WORDS = 4  # of a column's name
 MAX_SHOWN = 30  # characters of a cell
 
 csv.field_size_limit(2**31 - 1)
@@ -65,86 +76,115 @@ class Table:
     """Rows of a table, and which of their columns are read.
 
     ``names`` of the columns are empty without a header. ``cells`` of a row may be fewer or more
-    than the columns; JSON has a cell for each name, ``None`` where a row lacks the key.
+    than the columns; JSON has a value for each name, ``None`` where a row lacks the key.
     ``target_column`` is ``None`` if there is no second column. ``rest_is_target``: further cells of
     a row are part of its target, separated by tabs. ``separator`` is empty for JSON.
+    ``prompts_only``: targets do not matter. ``is_guess``: neither the names nor the user said which
+    columns to read.
     """
 
     path: PathLike
     encoding: str
     separator: str
     names: list[str]
-    cells: list[list[str | None]]
+    cells: list[list[Any]]
     prompt_column: int
     target_column: int | None
     rest_is_target: bool
+    prompts_only: bool = False
+    is_guess: bool = False
     escaped_breaks: int = 0
+    without_quotes: bool = False
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yields the prompt and the target of each row; either may be empty."""
         for cells in self.cells:
-            target = self._cell(cells, self.target_column)
-            if self.rest_is_target:
-                target = "\t".join(c or "" for c in cells[1:]).rstrip("\t")
-            yield self._cell(cells, self.prompt_column), target
+            target = cell_text(cells, self.target_column)
+            if self.rest_is_target and self.target_column is not None:
+                target = "\t".join(cells[self.target_column :]).rstrip("\t")
+            yield cell_text(cells, self.prompt_column), target
 
     def prompts(self) -> list[str]:
         return [prompt for prompt, _ in self.rows()]
 
-    def column_names(self) -> list[str]:
-        """Returns the names of all columns, made up if there is no header."""
-        width = max(len(self.names), *map(len, self.cells))
-        return [*self.names, *(f"column {i + 1}" for i in range(len(self.names), width))]
-
-    @staticmethod
-    def _cell(cells: Sequence[str | None], index: int | None) -> str:
-        return "" if index is None or index >= len(cells) else cells[index] or ""
-
     def describe(self) -> str:
-        """Returns one line that says what was understood."""
-        kind = SEPARATOR_NAMES[self.separator]
-        parts = [kind if kind == "JSON" else f"separated by {kind}"]
+        """Returns one line that says what was understood; a warning if that may be wrong."""
+        parts = ["JSON" if not self.separator else f"separated by {NAMES[self.separator]}"]
+        if self.separator and self._n_columns() == 1:
+            parts = ["one column"]
         if not is_utf8(self.encoding):
             parts.append(self.encoding)
         parts.append(f"prompt: {self._name(self.prompt_column)}")
-        if self.target_column is not None:
+        used = {self.prompt_column}
+        if self.target_column is not None and not self.prompts_only:
             parts.append(f"target: {self._name(self.target_column)}")
-        used = {self.prompt_column, self.target_column}
+            used.add(self.target_column)
         others = [self._name(i) for i in range(self._n_columns()) if i not in used]
         if others and not self.rest_is_target:
             parts.append(f"not read: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}")
         if not self.names:
             first = " -> ".join(shorten(text) for text in next(self.rows()) if text)
             parts.append(f"no header, first row: {first}")
-        return f"{self.path}: {len(self.cells):,} rows, {'; '.join(parts)}{self._describe_rows()}"
+        odd, is_suspicious = self._describe_rows()
+        advice = "; choose columns with --prompt_col" if is_suspicious else ""
+        advice += " and --target_col" if advice and not self.prompts_only else ""
+        name = f"{'warning: ' if is_suspicious else ''}{display_name(self.path)}"
+        return f"{name}: {len(self.cells):,} rows, {'; '.join(parts + odd)}{advice}"
 
-    def _describe_rows(self) -> str:
-        """Returns what is odd about the rows."""
+    def _describe_rows(self) -> tuple[list[str], bool]:
+        """Returns what is odd about the rows, and whether the columns may be wrong."""
         rows = list(self.rows())
         counts = Counter(rows)
         targets: dict[str, set[str]] = {}
         for prompt, target in counts:
             targets.setdefault(prompt, set()).add(target)
-        n_long = sum(len(cells) > 2 for cells in self.cells) if self.rest_is_target else 0
+        widths = Counter(map(len, self.cells))
+        width = len(self.names) or widths.most_common(1)[0][0]
+        n_longer = sum(n for w, n in widths.items() if w > width)
         n_contradicting = sum(n for (p, _), n in counts.items() if len(targets[p]) > 1)
-        widths = Counter(map(len, self.cells)) if self.separator in (";", ",") else Counter([0])
-        n_other = widths.total() - widths.most_common(1)[0][1]
         found = {
-            "rows without target": sum(not target.strip() for _, target in rows),
-            "duplicates": len(rows) - len(counts),
-            "rows with the prompt of another row but another target": n_contradicting,
-            "rows with further tabs, which are part of the target": n_long,
-            "rows with another number of cells": n_other,
-            r"cells with \n, read as line breaks": self.escaped_breaks,
+            "rows with further tabs, which are part of the target": (
+                sum(n for w, n in widths.items() if w > 2) if self.rest_is_target else 0
+            ),
+            "rows with more cells than the header": n_longer if not self.rest_is_target else 0,
+            "cells with line breaks": sum(
+                "\n" in c for row in self.cells for c in row if isinstance(c, str)
+            ),
+            r"cells with line breaks written as \n": self.escaped_breaks,
         }
-        said = [f"{what}: {n:,}" for what, n in found.items() if n]
-        return f"; {', '.join(said)}" if said else ""
+        if not self.names:
+            found["rows with another number of cells"] = (
+                0 if self.rest_is_target else len(rows) - widths.most_common(1)[0][1]
+            )
+            del found["rows with more cells than the header"]
+        if not self.prompts_only:
+            found |= {
+                "rows without target": sum(not target.strip() for _, target in rows),
+                "duplicates": len(rows) - len(counts),
+                "rows with the prompt of another row but another target": n_contradicting,
+            }
+        odd = [f"{what}: {n:,}" for what, n in found.items() if n]
+        if self.without_quotes:
+            odd.insert(0, "quotes around cells removed")
+        is_wide = self.is_guess and self._n_columns() > (1 if self.prompts_only else 2)
+        is_ragged = self.separator in (";", ",") and found.get("rows with another number of cells")
+        is_ragged = is_ragged or found.get("rows with more cells than the header")
+        return odd, bool((is_wide and not self.rest_is_target) or is_ragged)
 
     def _n_columns(self) -> int:
         return len(self.names) or max(map(len, self.cells), default=0)
 
     def _name(self, index: int) -> str:
-        return self.names[index] if self.names else f"column {index + 1}"
+        return self.names[index] if index < len(self.names) else f"column {index + 1}"
+
+
+def cell_text(cells: Sequence[Any], index: int | None) -> str:
+    """Returns a cell as text: a value of JSON as JSON writes it, a missing cell as ``""``."""
+    value = None if index is None or index >= len(cells) else cells[index]
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.replace("\0", "").encode(errors="ignore").decode()
 
 
 def read_table(
@@ -166,65 +206,86 @@ def read_table(
         HRMError: the file cannot be read, has an unclosed quote, bad JSON or no rows, or lacks a
             column.
     """
-    check_is_text(path)
-    text, encoding = _read_text(path, encoding)
+    text, encoding = read_text(path, encoding)
     if table_suffix(path) == ".jsonl":
-        return _read_json(path, text, encoding, prompt_col, target_col)
-    separator, raw = _read_cells(path, text)
-    n_escaped = sum(r"\n" in cell for row in raw for cell in row)
-    cells: list[list[str | None]] = [[cell.replace(r"\n", "\n") for cell in row] for row in raw]
+        separator, names, cells = "", *_read_json(path, text)
+        n_escaped, without_quotes = 0, False
+    else:
+        separator, raw, without_quotes = _read_cells(path, text)
+        n_escaped = sum(cell != unescape(cell) for row in raw for cell in row)
+        cells = [list(map(unescape, row)) for row in raw]
+        first = [cell.strip() for cell in cells[0]] if cells else []
+        asked = any(c is not None and not c.isdecimal() for c in (prompt_col, target_col))
+        is_header = asked or _is_header(first, cells[1:], prompts_only)
+        names = unique(first) if is_header else []
+        if is_header and len(cells) == 1:
+            raise HRMError(f"no rows in {path}, only a header")
+        cells = cells[1:] if is_header else cells
     if not cells:
         raise HRMError(f"no rows in {path}: give a prompt and its target in each row")
-    first = [(cell or "").strip() for cell in cells[0]]
-    asked = [c for c in (prompt_col, target_col) if c is not None and not c.isdecimal()]
-    is_header = bool(asked) or _has_known_names(first, prompts_only)
-    if separator != "\t":
-        is_header = is_header or _looks_like_header(first, cells[1:])
-    names = first if is_header else []
-    n_columns = max(map(len, cells))
-    prompt, target = _choose_columns(path, names, n_columns, prompt_col, target_col)
-    rest = separator == "\t" and not names and prompt_col is None and target_col is None
-    cells = cells[1:] if names else cells
-    if not cells:
-        raise HRMError(f"no rows in {path}, only a header")
-    return Table(path, encoding, separator, names, cells, prompt, target, rest, n_escaped)
+    n_columns = len(names) or max(map(len, cells))
+    columns = _choose_columns(path, names, n_columns, prompt_col, target_col, prompts_only)
+    prompt, target, is_guess = columns
+    last = len(names) - 1 if names else 1
+    return Table(
+        path,
+        encoding,
+        separator,
+        names,
+        cells,
+        prompt,
+        target,
+        rest_is_target=separator == "\t" and target == last and target_col is None,
+        prompts_only=prompts_only,
+        is_guess=is_guess,
+        escaped_breaks=n_escaped,
+        without_quotes=without_quotes,
+    )
 
 
-def _read_text(path: PathLike, encoding: str) -> tuple[str, str]:
-    """Returns the text of a file with its line breaks as LF, and the encoding it was read in."""
-    stats = TextStats()
-    text = "\n".join(read_lines(path, encoding, stats))
-    guess = guess_encoding(bytes(stats.kept))
-    if guess is not None and str(path) != "-" and is_utf8(encoding):
-        return "\n".join(read_lines(path, guess, TextStats())), guess
-    stats.bytes = len(text.encode())
-    stats.report(path, encoding, MAX_UNDECODABLE)
-    return text, encoding
+def unescape(cell: str) -> str:
+    r"""Returns a cell with ``\n`` as a line break; ``\\n`` stands for the two characters."""
+    if r"\n" not in cell:
+        return cell
+    return re.sub(r"(\\?)\\n", lambda match: r"\n" if match[1] else "\n", cell)
 
 
-def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]]]:
-    """Finds the separator; returns it and the cells of the rows that are not blank."""
+def unique(names: Sequence[str]) -> list[str]:
+    """Returns the names, with a number where one occurred before."""
+    found: list[str] = []
+    for name in names:
+        numbered = (name if i == 1 else f"{name}_{i}" for i in itertools.count(1))
+        found.append(next(n for n in numbered if n not in found))
+    return found
+
+
+def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]], bool]:
+    """Finds the separator. Returns it, the cells of the rows that are not blank, and whether quotes
+    around all cells were removed."""
     is_csv = table_suffix(path) == ".csv"
     if not is_csv and "\t" in text:
-        return "\t", _split_tabs(text)
+        return "\t", *_split_tabs(text)
     best, best_share = "", 0.0
-    # Step 1: choose the separator with which most rows have one number of cells, two or more.
-    for separator in SEPARATORS:  # of equal ones the first
+    # Step 1: choose the separator that splits most rows into as many cells as the first row,
+    # or more.
+    if is_csv and (said := re.match(r"sep=([;,\t])\n", text, re.IGNORECASE)):  # a line of Excel's
+        best, text = said[1], text[said.end() :]
+    for separator in () if best else SEPARATORS:  # of equal ones the first
         rows = _csv_rows(text, separator, strict=False)
-        if not is_csv and not _has_known_names(next(rows, []), prompts_only=False):
-            continue  # sentences have commas, too
-        counts = Counter(len(row) for row, _ in zip(rows, range(N_SNIFFED_ROWS), strict=False))
-        n_most = max((n for width, n in counts.items() if width > 1), default=0)
-        share = n_most / max(1, counts.total())
+        first = next(rows, [])
+        if len(first) < 2 or not (is_csv or _known_pair(first)):
+            continue  # in a file that is no .csv commas are part of sentences
+        widths = [len(first), *(len(row) for row in itertools.islice(rows, N_SNIFFED_ROWS))]
+        share = sum(width >= len(first) for width in widths) / len(widths)
         if share > max(best_share, MIN_SHARE):
             best, best_share = separator, share
     # Step 2: read the rows.
     if not best:
-        if not is_csv:
-            return "\t", _split_tabs(text)
+        if not is_csv or '"' not in text:
+            return "\t", [[line] for line in text.split("\n") if line.strip()], False
         best = ","
     try:
-        return best, list(_csv_rows(text, best, strict=True))
+        return best, list(_csv_rows(text, best, strict=True)), False
     except csv.Error as error:
         number = _line_of_open_quote(text, best)
         raise HRMError(
@@ -250,76 +311,82 @@ def _line_of_open_quote(text: str, separator: str) -> int:
     return number
 
 
-def _split_tabs(text: str) -> list[list[str]]:
-    """Splits rows at tabs. Quotes are part of the text, unless a spreadsheet put them there: around
-    all cells, or around cells that hold a tab, a line break or a quote."""
-    plain = [line.split("\t") for line in text.split("\n") if line.strip()]
+def _split_tabs(text: str) -> tuple[list[list[str]], bool]:
+    """Splits rows at tabs. Quotes are part of the text, unless a spreadsheet put them there: the
+    file is what it writes, with quotes where a cell needs them, or around all cells.
+
+    Returns:
+        The cells of each row, and whether quotes around all cells were removed.
+    """
+    lines = [line for line in text.split("\n") if line.strip()]
+    plain = [line.split("\t") for line in lines]
     if '"' not in text:
-        return plain
+        return plain, False
     try:
         quoted = list(_csv_rows(text, "\t", strict=True))
     except csv.Error:
-        return plain
-    needs_quotes = any(re.search('[\t\n"]', cell) for row in quoted for cell in row)
-    cells = [cell for row in plain for cell in row if cell]
-    all_quoted = all(len(c) > 1 and c[0] == c[-1] == '"' for c in cells)
-    return quoted if (needs_quotes and quoted != plain) or all_quoted else plain
+        return plain, False
+    for style in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
+        written = io.StringIO(newline="")
+        csv.writer(written, dialect="excel-tab", quoting=style, lineterminator="\n").writerows(
+            quoted
+        )
+        if len(set(map(len, quoted))) == 1 and written.getvalue().strip("\n") == text.strip("\n"):
+            return quoted, style == csv.QUOTE_ALL
+    return plain, False
 
 
-def _read_json(
-    path: PathLike, text: str, encoding: str, prompt_col: str | None, target_col: str | None
-) -> Table:
-    """Reads JSON Lines: an object per line."""
+def _read_json(path: PathLike, text: str) -> tuple[list[str], list[list[Any]]]:
+    """Reads JSON Lines: an object per line. Returns the keys, and each row's values."""
     objects: list[dict[str, Any]] = []
-    names: dict[str, None] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             found = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HRMError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(found, dict):
             raise HRMError(f"{path}: line {number} is not a JSON object: give {{...}} in each line")
         objects.append(found)
-        names |= dict.fromkeys(found)
-    if not objects:
-        raise HRMError(f"no rows in {path}: give a JSON object in each line")
-    columns = list(names)
-    prompt, target = _choose_columns(path, columns, len(columns), prompt_col, target_col)
-    cells = [[_json_cell(found.get(name)) for name in columns] for found in objects]
-    return Table(path, encoding, "", columns, cells, prompt, target, False)
-
-
-def _json_cell(value: Any) -> str | None:
-    return (
-        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    )
+    names = list(dict.fromkeys(name for found in objects for name in found))
+    return names, [[found.get(name) for name in names] for found in objects]
 
 
 def _known_pair(names: Iterable[str]) -> tuple[str, str] | None:
-    found = {name.strip().lower() for name in names}
+    found = set(map(_normalized, names))
     return next(((p, t) for p, t in PAIR_NAMES if p in found and t in found), None)
 
 
-def _has_known_names(first: Sequence[str], prompts_only: bool) -> bool:
-    """Whether the first row names the prompt and the target as `PAIR_NAMES` does."""
-    lower = [name.strip().lower() for name in first]
+def _normalized(name: str) -> str:
+    return name.strip().rstrip(":").strip().lower()
+
+
+def _is_header(first: Sequence[str], body: Sequence[Sequence[str]], prompts_only: bool) -> bool:
+    """Whether the first row names the columns: it has names of a pair, or words that name columns,
+    or single words above cells that are numbers or have several words."""
+    lower = list(map(_normalized, first))
+    if _known_pair(first) or (len(first) == 1 and lower[0] in TEXT_NAMES):
+        return True
     if prompts_only and any(prompt in lower for prompt, _ in PAIR_NAMES):
         return True
-    return _known_pair(first) is not None or (len(first) == 1 and lower[0] in TEXT_NAMES)
-
-
-def _looks_like_header(first: Sequence[str], cells: Sequence[Sequence[str | None]]) -> bool:
-    """Whether the first row has one word in each column, and nearly all other cells are numbers or
-    have several words."""
-    if len(first) < 2 or len(cells) < 5 or len(set(first)) < len(first):
+    is_short = all(0 < len(name.split()) <= MAX_HEADER_WORDS for name in lower)
+    if (
+        not is_short
+        or len(set(lower)) < len(lower)
+        or any(re.search("[.,;?!…]$", n) for n in lower)
+    ):
         return False
-    if not all(re.fullmatch(r"[^\W\d]\w{,29}", name) for name in first):
+    n_words = sum(name.split()[0] in COLUMN_WORDS for name in lower)
+    if (len(first) > 1 or prompts_only) and n_words >= len(first) / 2:
+        return True
+    if len(first) < 2 or len(body) < 5:
         return False
-    body = [cell for row in cells for cell in row if cell]
-    n_words = sum(re.fullmatch(r"[^\W\d]+", cell) is not None for cell in body)
-    return n_words <= MAX_WORDS * len(body)
+    cells = [cell for row in body for cell in row if cell]
+    n_single = sum(re.fullmatch(r"[^\W\d]+", cell) is not None for cell in cells)
+    is_single = all(re.fullmatch(r"[^\W\d]+", name) for name in first)
+    has_text = any(" " in cell for cell in cells)
+    return is_single and has_text and n_single <= MAX_WORDS * len(cells)
 
 
 def _choose_columns(
@@ -328,17 +395,19 @@ def _choose_columns(
     n_columns: int,
     prompt_col: str | None,
     target_col: str | None,
-) -> tuple[int, int | None]:
-    """Returns the indices of the prompt and of the target.
+    prompts_only: bool,
+) -> tuple[int, int | None, bool]:
+    """Returns the indices of the prompt and of the target, and whether they are a guess.
 
     Raises:
-        HRMError: a column that was asked for does not exist, or no key of JSON is known.
+        HRMError: a column that was asked for does not exist, both are the same, or no key of JSON
+            is known.
     """
-    lower = [name.strip().lower() for name in names]
+    lower = list(map(_normalized, names))
 
     def find(column: str) -> int:
-        if column.strip().lower() in lower:
-            return lower.index(column.strip().lower())
+        if _normalized(column) in lower:
+            return lower.index(_normalized(column))
         if column.isdecimal() and 1 <= int(column) <= n_columns:
             return int(column) - 1
         known = f"its columns are {', '.join(names)}" if names else f"it has {n_columns} columns"
@@ -346,24 +415,31 @@ def _choose_columns(
 
     prompt = None if prompt_col is None else find(prompt_col)
     target = None if target_col is None else find(target_col)
-    if prompt is None and target is None and (pair := _known_pair(names)):
-        return lower.index(pair[0]), lower.index(pair[1])
-    alone = [name for name in (*(p for p, _ in PAIR_NAMES), *TEXT_NAMES) if name in lower]
-    if prompt is None and target is None and alone:
-        return lower.index(alone[0]), None
-    if table_suffix(path) == ".jsonl" and prompt is None and len(names) > 1:
-        raise HRMError(
-            f"{path}: which keys are prompt and target? Its keys are {', '.join(names)}: give "
-            "--prompt_col and --target_col"
-        )
+    if prompt is not None and prompt == target:
+        raise HRMError(f"{path}: prompt and target are the same column: give two")
+    if prompt is None and target is None:
+        if pair := _known_pair(names):
+            return lower.index(pair[0]), lower.index(pair[1]), False
+        prompt = next((lower.index(p) for p, _ in PAIR_NAMES if p in lower), None)
+        if prompt is not None and prompts_only:
+            return prompt, None, False
+        is_json = table_suffix(path) == ".jsonl"
+        if is_json and (text := next((n for n in TEXT_NAMES if n in lower), None)):
+            return lower.index(text), None, False
+        if is_json and n_columns > 1:
+            raise HRMError(
+                f"{path}: which keys are prompt and target? Its keys are {', '.join(names)}: give "
+                "--prompt_col and --target_col"
+            )
+    is_guess = prompt_col is None
     others = [i for i in range(n_columns) if i not in (prompt, target)]
     if prompt is None and others:
         prompt = others.pop(0)
-    if target is None and target_col is None and others:
-        target = next((i for i in others if i > (prompt or 0)), others[0])
     if prompt is None:
         raise HRMError(f"{path} has one column: it cannot be both prompt and target")
-    return prompt, target
+    if target is None and others:
+        target = next((i for i in others if i > prompt), others[0])
+    return prompt, target, is_guess
 
 
 def shorten(text: str) -> str:
@@ -381,7 +457,11 @@ def check_table_name(path: PathLike) -> None:
 
 
 def write_table(
-    path: PathLike, names: Sequence[str], rows: Iterable[Sequence[str | None]], separator: str = ","
+    path: PathLike,
+    names: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    separator: str = ",",
+    header: bool = True,
 ) -> None:
     """Writes a table row by row, so that nothing is lost if the program is stopped.
 
@@ -389,19 +469,22 @@ def write_table(
         path: ``.csv`` (with a byte order mark, without which spreadsheets take it for an old
             encoding), ``.tsv`` or ``.jsonl``.
         names: of the columns: the header, or the keys of JSON.
+        rows: the first one is taken before an existing file is overwritten.
         separator: of CSV.
+        header: write the names in the first row of CSV and TSV.
     """
-    suffix = table_suffix(path)
+    suffix, rows = table_suffix(path), iter(rows)
+    first = next(rows, None)
     encoding = "utf-8-sig" if suffix == ".csv" else "utf-8"
     with open(path, "w", encoding=encoding, newline="") as file:
         delimiter = "\t" if suffix == ".tsv" else separator
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        if suffix != ".jsonl":
+        if header and suffix != ".jsonl":
             writer.writerow(names)
-        for cells in rows:
+        for cells in itertools.chain([] if first is None else [first], rows):
             if suffix == ".jsonl":
                 row = dict(zip(names, cells, strict=True))
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
-                writer.writerow(["" if cell is None else cell for cell in cells])
+                writer.writerow([cell_text(cells, i) for i in range(len(cells))])
             file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import itertools
@@ -10,12 +11,14 @@ import sys
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, cast
 
 from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike
+from .corpus_files import check_is_text
 from .encodings import (
     DOUBLE_ENCODED,
     guess_encoding,
@@ -37,7 +40,8 @@ LINE_BREAK = "\r"
 
 @dataclass
 class TextStats:
-    """What was read: documents and their UTF-8 bytes; and what is odd about it.
+    """What was read: documents, their UTF-8 bytes and characters, the ``encoding`` in which Python
+    read it; and what is odd about it.
 
     ``undecodable``: number of bytes that could not be decoded, ``kept`` the first of them.
     ``double_encoded``: places that look like UTF-8 read as Latin-1. ``nuls``: NUL characters, the
@@ -46,6 +50,8 @@ class TextStats:
 
     documents: int = 0
     bytes: int = 0
+    characters: int = 0
+    encoding: str = "utf-8"
     undecodable: int = 0
     kept: bytearray = field(default_factory=bytearray)
     double_encoded: int = 0
@@ -55,6 +61,7 @@ class TextStats:
 
     def add(self, document: str) -> None:
         self.documents += 1
+        self.characters += len(document)
         self.bytes += len(document) if document.isascii() else len(document.encode())
 
     def clean(self, line: str, number: int) -> str:
@@ -65,6 +72,7 @@ class TextStats:
             line = line.replace("\0", "")
         if line.isascii():
             return line
+        line = line.removeprefix("\ufeff")  # a byte order mark inside files that were joined
         if bad := UNDECODABLE.findall(line):
             self.undecodable += len(bad)
             if len(self.kept) < N_KEPT_BYTES:
@@ -74,13 +82,22 @@ class TextStats:
             self.double_encoded += len(DOUBLE_ENCODED.findall(line))
         return line
 
+    def true_encoding(self) -> str | None:
+        """Returns the old encoding of a text that was read as UTF-8, if it is one: its bytes that
+        are not UTF-8 outnumber its letters with accents, and are Spanish in that encoding."""
+        is_trace = self.undecodable <= WARN_UNDECODABLE * (self.bytes + self.undecodable)
+        is_rare = self.undecodable <= self.bytes - self.characters
+        if is_trace or is_rare or not is_utf8(self.encoding):  # utf-8-sig is surely UTF-8
+            return None
+        return guess_encoding(bytes(self.kept))
+
     def report(self, name: PathLike, encoding: str, max_undecodable: float = 1.0) -> None:
         """Prints what is odd about a text that was read; more than a trace is a warning.
 
         Raises:
             HRMError: the share of undecodable bytes is more than ``max_undecodable``.
         """
-        name = "standard input" if str(name) == "-" else name
+        name = display_name(name)
         guess = guess_encoding(bytes(self.kept))
         advice = "check --encoding" if guess is None else f"try --encoding {guess}"
         share = self.undecodable / max(1, self.bytes + self.undecodable)
@@ -125,66 +142,118 @@ def truncate_utf8(data: bytes, length: int) -> bytes:
     return data if len(data) <= length else data[:length].decode(errors="ignore").encode()
 
 
+def display_name(path: PathLike) -> str:
+    """Returns the name of a file for messages."""
+    return "standard input" if str(path) == "-" else str(path)
+
+
+@contextmanager
+def read_errors(path: PathLike, encoding: str) -> Iterator[None]:
+    """Turns what may go wrong when a text file is opened or read into an HRMError."""
+    name = display_name(path)
+    try:
+        yield
+    except LookupError as error:
+        raise HRMError(f"unknown encoding {encoding!r}: try utf-8, latin-1 or cp1252") from error
+    except IsADirectoryError as error:
+        raise HRMError(f"{name} is a folder: give a file") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise HRMError(f"{name} is damaged, or not compressed with gzip: {error}") from error
+    except UnicodeError as error:
+        raise HRMError(f"{name} cannot be read as {encoding} text: {error}") from error
+    except OSError as error:
+        raise HRMError(
+            f"cannot read {name}: {error.strerror or 'it is not a regular file'}"
+        ) from error
+
+
 def open_binary(path: PathLike) -> io.BufferedReader:
-    """Opens a file, decompressed if its name ends in ``.gz``; ``-`` is standard input."""
+    """Opens a file, decompressed if its name ends in ``.gz``; ``-`` is standard input.
+
+    Raises:
+        HRMError: there is no standard input, or the name is that of a file to be converted.
+    """
     if str(path) == "-":
         if sys.stdin is None:
             raise HRMError("there is no standard input: give a file")
         return cast(io.BufferedReader, sys.stdin.buffer)
+    check_is_text(path)
     if str(path).lower().endswith(".gz"):
         return cast(io.BufferedReader, gzip.open(path))
     return open(path, "rb")
 
 
-def open_text(path: PathLike, encoding: str) -> IO[str]:
-    """Opens a text file without its byte order mark. One of UTF-16 or UTF-32 decides the encoding.
+def buffered(data: bytes) -> io.BufferedReader:
+    return cast(io.BufferedReader, io.BufferedReader(cast(io.RawIOBase, io.BytesIO(data))))
 
-    Args:
-        path: the file, decompressed if its name ends in ``.gz``; ``-`` is standard input.
+
+def decode(file: io.BufferedReader, path: PathLike, encoding: str) -> IO[str]:
+    """Returns the text of a binary file, without its byte order mark, which decides the encoding.
 
     Raises:
-        HRMError: missing, a folder, unreadable, binary, or an unknown encoding.
+        HRMError: the file is binary.
     """
-    try:
-        if is_utf8(encoding):
-            encoding = "utf-8-sig"
-        file = open_binary(path)
-        head = file.peek(N_SNIFFED_BYTES)
-        if encoding == "utf-8-sig" and (marked := marked_encoding(head)):
-            encoding = marked
-            print0(f"{path}: read as {marked.upper()}, as its byte order mark says")
-        text = io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape")
-        if "16" not in encoding and "32" not in encoding and is_binary(head):
-            guess = unmarked_utf16(head)
-            advice = "give another file" if guess is None else f"try --encoding {guess}"
-            raise HRMError(f"{path} is not text in {encoding.removesuffix('-sig')}: {advice}")
-    except LookupError as error:
-        raise HRMError(f"unknown encoding {encoding!r}: try utf-8, latin-1 or cp1252") from error
-    except IsADirectoryError as error:
-        raise HRMError(f"{path} is a folder: give a file") from error
-    except (UnicodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
-    except OSError as error:
-        raise HRMError(
-            f"cannot read {path}: {error.strerror or 'it is not a regular file'}"
-        ) from error
+    name, head = display_name(path), file.peek(N_SNIFFED_BYTES)
+    if marked := marked_encoding(head):
+        if not codecs.lookup(encoding).name.startswith(marked.removesuffix("-sig")):
+            read_as = marked.removesuffix("-sig").upper()
+            print0(f"{name}: read as {read_as}, as its byte order mark says")
+        encoding = marked
+    text = io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape")
+    if "16" not in encoding and "32" not in encoding and is_binary(head):
+        guess = unmarked_utf16(head)
+        advice = "give another file" if guess is None else f"try --encoding {guess}"
+        raise HRMError(f"{name} is not text in {encoding.removesuffix('-sig')}: {advice}")
     return text
 
 
-def read_lines(path: PathLike, encoding: str, stats: TextStats) -> Iterator[str]:
+def read_lines(
+    path: PathLike, encoding: str, stats: TextStats, data: bytes | None = None
+) -> Iterator[str]:
     """Yields all lines of a text file, blank ones too, as soon as they are read.
 
     Undecodable bytes and NULs are dropped and counted in ``stats``.
 
+    Args:
+        path: the file, decompressed if its name ends in ``.gz``; ``-`` is standard input.
+        data: the content of the file, if it has been read already.
+
     Raises:
-        HRMError: the file is missing, a folder, or not text.
+        HRMError: the file is missing, a folder, unreadable or not text, or an unknown encoding.
     """
-    with open_text(path, encoding) as file:
-        try:
+    with read_errors(path, encoding):
+        codecs.lookup(encoding)
+        binary = open_binary(path) if data is None else buffered(data)
+        with decode(binary, path, encoding) as file:
+            stats.encoding = file.encoding
             for number, line in enumerate(file, 1):
                 yield stats.clean(line.removesuffix("\n"), number)
-        except (UnicodeError, zlib.error, EOFError, OSError) as error:
-            raise HRMError(f"{path} cannot be read as {encoding} text: {error}") from error
+
+
+def read_text(
+    path: PathLike, encoding: str, max_undecodable: float = MAX_UNDECODABLE
+) -> tuple[str, str]:
+    """Reads a whole file that is small enough for memory, and guesses its encoding.
+
+    Returns:
+        The text with its line breaks as LF, and the encoding it was read in: the given one, or
+        what `TextStats.true_encoding` says.
+
+    Raises:
+        HRMError: see `read_lines`; or a share of more than ``max_undecodable`` of the bytes cannot
+            be decoded.
+    """
+    with read_errors(path, encoding), open_binary(path) as file:
+        data = file.read()
+    while True:
+        stats = TextStats()
+        text = "\n".join(read_lines(path, encoding, stats, data))
+        stats.add(text)
+        if (true := stats.true_encoding()) is None:
+            break
+        encoding = true
+    stats.report(path, encoding, max_undecodable)
+    return text, encoding
 
 
 def split_lines(lines: Iterable[str]) -> Iterator[str]:
@@ -275,9 +344,12 @@ def encode_continuation(text: str, sep: str = "line") -> bytes:
     """
     text = re.sub("\r\n?", "\n", text).lstrip("\n")
     if sep == "line":
-        return to_bytes(re.sub("\n+", "\n", text))
+        return to_bytes(re.sub(r"\n(?:[^\S\n]*\n)+", "\n", text))
+    text = re.sub(r"[^\S\n]+\n", "\n", text)
     if sep == "file":
         return document_bytes(text)
-    documents = re.split(r"\n(?:[^\S\n]*\n)+", text)
+    if sep == "blank":
+        text = re.sub(r"\n[^\S\n]+", "\n", text)
     within = " " if sep == "blank" else LINE_BREAK
+    documents = re.split("\n\n+", text)
     return to_bytes("\n".join(document.replace("\n", within) for document in documents))

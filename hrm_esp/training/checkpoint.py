@@ -85,7 +85,9 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        raise HRMError(f"{path} is a folder: give a checkpoint file (.pt)")
+        raise HRMError(
+            f"{path} is a folder: give a checkpoint in it, such as {path}/pretrain_best.pt"
+        )
     if not path.exists():
         raise HRMError(f"no checkpoint {path}: run hrm-esp pretrain first, or give --ckpt")
     foreign = HRMError(f"{path} is not a checkpoint of hrm-esp")

@@ -64,7 +64,7 @@ def train_ft(
     else:
         checkpoint = load_checkpoint(start)
     data, held_out = load_pairs(tsv, val, checkpoint.config.max_len, options)
-    if any(LINE_BREAK.encode() in p.prompt + p.target for p in data):
+    if any(LINE_BREAK.encode() in p.prompt + p.target for p in (*data, *held_out)):
         checkpoint.config = replace(checkpoint.config, line_breaks=True)
     # Step 2: adapt the model.
     model = model_to_finetune(checkpoint, options).to(device)
