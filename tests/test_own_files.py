@@ -172,6 +172,10 @@ TABLES = {
         "Frase mal escrita\nhola, que\nbien\n",
         [("Frase mal escrita", ""), ("hola, que", ""), ("bien", "")], "one column",
     ),
+    "one column with quotes": table_case(
+        'Frase\n"dijo ""no"", y\nse fue"\nbien\n',
+        [("Frase", ""), ('dijo "no", y\nse fue', ""), ("bien", "")], "one column",
+    ),
     "one column, named": table_case("a\nx, y\n", [("x, y", "")], "one column", prompt_col="a"),
     "a teacher's header": table_case(
         "Frase mal escrita;Frase corregida;Curso\nhola;Hola;1\n", [("hola", "Hola")],

@@ -73,7 +73,9 @@ class CorpusStats:
             yield "this does not look like Spanish: check --encoding"
         if self.bytes < n_parameters * MIN_BYTES_PER_WEIGHT:
             advice = (
-                "give --size tiny, or more text" if n_parameters > N_TINY_WEIGHTS else "give more"
+                "give --size tiny, or more text"
+                if n_parameters > N_TINY_WEIGHTS
+                else "give more text"
             )
             yield f"little text for {n_parameters:,} weights, which may memorize it: {advice}"
 

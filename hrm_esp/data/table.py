@@ -283,7 +283,7 @@ def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]], bool]:
     if not best:
         if not is_csv or '"' not in text:
             return "\t", [[line] for line in text.split("\n") if line.strip()], False
-        best = ","
+        best = "\t"  # one column, whose cells may be in quotes
     try:
         return best, list(_csv_rows(text, best, strict=True)), False
     except csv.Error as error:

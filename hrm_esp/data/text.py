@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, cast
+from typing import cast
 
 from ..console import print0
 from ..errors import HRMError
@@ -187,7 +187,7 @@ def buffered(data: bytes) -> io.BufferedReader:
     return cast(io.BufferedReader, io.BufferedReader(cast(io.RawIOBase, io.BytesIO(data))))
 
 
-def decode(file: io.BufferedReader, path: PathLike, encoding: str) -> IO[str]:
+def decode(file: io.BufferedReader, path: PathLike, encoding: str) -> io.TextIOWrapper:
     """Returns the text of a binary file, without its byte order mark, which decides the encoding.
 
     Raises:
