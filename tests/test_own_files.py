@@ -238,6 +238,10 @@ TABLES = {
     "commas without quotes": table_case(
         "a,b\nc,d\ne,f,g\n", [("a", "b"), ("c", "d"), ("e", "f")], "another number of cells: 1"
     ),
+    "further tabs under a header of two": table_case(
+        "prompt\ttarget\nhola\tuno\nsí\tuno\tdos\n", [("hola", "uno"), ("sí", "uno\tdos")],
+        "part of the target: 1", "a.tsv",
+    ),
     "further tabs": table_case("a\tb\tc\n", [("a", "b\tc")], "further tabs", "a.tsv"),
     "empty columns at the end": table_case("a\tb\t\t\n", [("a", "b")], "tab", "a.tsv"),
     "escaped breaks": table_case(r"a;uno\ndos", [("a", "uno\ndos")], r"written as \n: 1"),
@@ -359,11 +363,18 @@ def test_copies_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "d.txt").write_text("\r\n".join(lines), encoding="utf-8")
     load_stream([tmp_path])
     shown = capsys.readouterr().err
-    assert "2 files repeat the text of another one" in shown and "c.txt" not in shown
+    assert "an earlier one: 2, " in shown and "c.txt" not in shown
     (tmp_path / "b.txt").unlink()
     (tmp_path / "d.txt").unlink()
     load_stream([tmp_path])
     assert not capsys.readouterr().err
+    (tmp_path / "e.txt").write_text("Capítulo I\nFin\n", encoding="utf-8")
+    (tmp_path / "f.txt").write_text("Capítulo I\nFin\n", encoding="utf-8")
+    load_stream([tmp_path])
+    assert not capsys.readouterr().err
+    (tmp_path / "g.txt").write_bytes((tmp_path / "a.txt").read_bytes())
+    load_stream([tmp_path], sep="file")
+    assert "an earlier one: 1, " in capsys.readouterr().err
 
 
 def test_held_out_text_in_the_training_text_is_said(run: Run, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def read_prompts(path: str, encoding: str) -> Iterator[str]:
         text, found = read_text(path, encoding, 1.0)
         if found != encoding:
             print(f"warning: {path} is not UTF-8: read as {found}", file=sys.stderr)
-        yield from text.split("\n")
+        yield from text.split("\n") if text else ()
         return
     stats = TextStats()
     for line in read_lines(path, encoding, stats):

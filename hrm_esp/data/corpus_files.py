@@ -32,7 +32,8 @@ CONVERSIONS = {
     ".zip": "unpack it",
 }
 SKETCH_SIZE = 64  # hashes of documents that stand for a file
-MIN_SKETCH = 10  # of a file that is compared: two short lists may be equal by chance
+MIN_SKETCH = 10  # files with fewer documents are copies only if all of them are equal, and
+MIN_BYTES = 200  # they are not shorter than this
 MIN_COMMON = 0.8  # share of them that two copies of a text have in common
 
 
@@ -107,14 +108,17 @@ class CopyFinder:
     """
 
     def __init__(self) -> None:
+        self.sketches: dict[str, set[int]] = {}  # by file
         self.files_of: dict[int, list[str]] = {}  # by hash
         self.copies: list[tuple[str, str]] = []  # a file, and the earlier one that it repeats
         self.sketch: set[int] = set()  # of the file that is read
+        self.n_bytes = 0  # in it
 
     def read(self, documents: Iterable[bytes]) -> Iterator[bytes]:
         """Yields the documents of a file unchanged."""
-        self.sketch = set()
+        self.sketch, self.n_bytes = set(), 0
         for document in documents:
+            self.n_bytes += len(document)
             self.sketch.add(crc32(document))
             if len(self.sketch) > 32 * SKETCH_SIZE:
                 self.sketch = self._smallest()
@@ -123,13 +127,14 @@ class CopyFinder:
     def end(self, name: PathLike) -> None:
         """Compares the file that was read with the earlier ones."""
         sketch = self._smallest()
-        if len(sketch) < MIN_SKETCH:
-            return
         shared = Counter(file for value in sketch for file in self.files_of.get(value, ()))
-        (other, n), *_ = shared.most_common(1) or [("", 0)]
-        if n and n >= MIN_COMMON * len(sketch):
-            self.copies.append((str(name), other))
-            return
+        for other, n in shared.most_common(1):
+            is_equal = self.sketches[other] == sketch and self.n_bytes >= MIN_BYTES
+            is_similar = len(sketch) >= MIN_SKETCH and n >= MIN_COMMON * len(sketch)
+            if is_equal or is_similar:
+                self.copies.append((str(name), other))
+                return
+        self.sketches[str(name)] = sketch
         for value in sketch:
             self.files_of.setdefault(value, []).append(str(name))
 
@@ -138,8 +143,8 @@ class CopyFinder:
         if self.copies:
             one, other = self.copies[0]
             print0(
-                f"warning: {len(self.copies)} files repeat the text of another one, such as {one} "
-                f"and {other}: remove the copies"
+                f"warning: files with the text of an earlier one: {len(self.copies):,}, such as "
+                f"{one} (as {other}): remove the copies"
             )
 
     def _smallest(self) -> set[int]:

@@ -138,38 +138,31 @@ class Table:
         targets: dict[str, set[str]] = {}
         for prompt, target in counts:
             targets.setdefault(prompt, set()).add(target)
-        widths = Counter(map(len, self.cells))
-        width = len(self.names) or widths.most_common(1)[0][0]
-        n_longer = sum(n for w, n in widths.items() if w > width)
         n_contradicting = sum(n for (p, _), n in counts.items() if len(targets[p]) > 1)
-        found = {
-            "rows with further tabs, which are part of the target": (
-                sum(n for w, n in widths.items() if w > 2) if self.rest_is_target else 0
-            ),
-            "rows with more cells than the header": n_longer if not self.rest_is_target else 0,
-            "cells with line breaks": sum(
-                "\n" in c for row in self.cells for c in row if isinstance(c, str)
-            ),
-            r"cells with line breaks written as \n": self.escaped_breaks,
-        }
-        if not self.names:
-            found["rows with another number of cells"] = (
-                0 if self.rest_is_target else len(rows) - widths.most_common(1)[0][1]
-            )
-            del found["rows with more cells than the header"]
+        widths = Counter(map(len, self.cells))
+        width = len(self.names) or (2 if self.rest_is_target else widths.most_common(1)[0][0])
+        n_longer = sum(n for w, n in widths.items() if w > width)
+        if self.rest_is_target:
+            found = {"rows with further tabs, which are part of the target": n_longer}
+        elif self.names:
+            found = {"rows with more cells than the header": n_longer}
+        else:
+            found = {"rows with another number of cells": len(rows) - widths[width]}
+        is_ragged = not self.rest_is_target and any(found.values())
+        texts = [cell for cells in self.cells for cell in cells if isinstance(cell, str)]
+        found["cells with line breaks"] = sum("\n" in text for text in texts)
+        found[r"cells with line breaks written as \n"] = self.escaped_breaks
         if not self.prompts_only:
             found |= {
                 "rows without target": sum(not target.strip() for _, target in rows),
                 "duplicates": len(rows) - len(counts),
                 "rows with the prompt of another row but another target": n_contradicting,
             }
-        odd = [f"{what}: {n:,}" for what, n in found.items() if n]
-        if self.without_quotes:
-            odd.insert(0, "quotes around cells removed")
-        is_wide = self.is_guess and self._n_columns() > (1 if self.prompts_only else 2)
-        is_ragged = self.separator in (";", ",") and found.get("rows with another number of cells")
-        is_ragged = is_ragged or found.get("rows with more cells than the header")
-        return odd, bool((is_wide and not self.rest_is_target) or is_ragged)
+        odd = ["quotes around cells removed"] if self.without_quotes else []
+        odd += [f"{what}: {n:,}" for what, n in found.items() if n]
+        n_expected = 1 if self.prompts_only else 2
+        is_guess = self.is_guess and self._n_columns() > n_expected and not self.rest_is_target
+        return odd, is_guess or is_ragged
 
     def _n_columns(self) -> int:
         return len(self.names) or max(map(len, self.cells), default=0)
