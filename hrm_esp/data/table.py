@@ -19,43 +19,15 @@ from typing import Any
 
 from ..errors import HRMError
 from ..files import PathLike
+from .columns import choose_columns, has_header_row, known_pair
 from .encodings import is_utf8
 from .text import display_name, read_text
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 SEPARATORS = ("\t", ";", ",")
 NAMES = {"\t": "tab", ";": "semicolon", ",": "comma"}
-# Names of the columns, in a header or as keys of JSON: of the prompt, and of the target.
-PAIR_NAMES = (
-    ("prompt", "target"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("prompt", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("input", "output"),
-    ("question", "answer"),
-    ("source", "target"),
-    ("pregunta", "respuesta"),
-    ("entrada", "salida"),
-    ("instrucción", "respuesta"),
-    ("origen", "destino"),
-)
-TEXT_NAMES = ("text", "texto")  # of plain text, without a target
-# Words that name a column of a spreadsheet.
-COLUMN_WORDS = frozenset(
-    """id número numero nombre alumno alumna curso tema nivel nota fecha autor título titulo idioma
-    frase frases oración oracion texto textos original corregida corregido corrección correccion
-    correcta incorrecta palabra palabras lema forma significado definición definicion sinónimo
-    traducción traduccion español inglés francés resumen solución solucion resultado categoría
-    number name topic level grade date author title language sentence phrase text word correct
-    corrected correction meaning definition translation spanish english french summary
-    label""".split()
-) | {name for pair in PAIR_NAMES for name in pair}
 N_SNIFFED_ROWS = 1000  # rows that decide the separator
 MIN_SHARE = 0.5  # of them that a separator must split into the same number of cells
-MAX_WORDS = 0.05  # share of single words in a table whose header is of single words
-MAX_HEADER_WORDS = 4  # of a column's name
 MAX_SHOWN = 30  # characters of a cell
 
 csv.field_size_limit(2**31 - 1)
@@ -209,7 +181,7 @@ def read_table(
         cells = [list(map(unescape, row)) for row in raw]
         first = [cell.strip() for cell in cells[0]] if cells else []
         asked = any(c is not None and not c.isdecimal() for c in (prompt_col, target_col))
-        is_header = asked or _is_header(first, cells[1:], prompts_only)
+        is_header = asked or has_header_row(first, cells[1:], prompts_only)
         names = unique(first) if is_header else []
         if is_header and len(cells) == 1:
             raise HRMError(f"no rows in {path}, only a header")
@@ -217,8 +189,9 @@ def read_table(
     if not cells:
         raise HRMError(f"no rows in {path}: give a prompt and its target in each row")
     n_columns = len(names) or max(map(len, cells))
-    columns = _choose_columns(path, names, n_columns, prompt_col, target_col, prompts_only)
-    prompt, target, is_guess = columns
+    prompt, target, is_guess = choose_columns(
+        path, names, n_columns, prompt_col, target_col, prompts_only, is_json=not separator
+    )
     last = len(names) - 1 if names else 1
     return Table(
         path,
@@ -266,7 +239,7 @@ def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]], bool]:
     for separator in () if best else SEPARATORS:  # of equal ones the first
         rows = _csv_rows(text, separator, strict=False)
         first = next(rows, [])
-        if len(first) < 2 or not (is_csv or _known_pair(first)):
+        if len(first) < 2 or not (is_csv or known_pair(first)):
             continue  # in a file that is no .csv commas are part of sentences
         widths = [len(first), *(len(row) for row in itertools.islice(rows, N_SNIFFED_ROWS))]
         share = sum(width >= len(first) for width in widths) / len(widths)
@@ -344,95 +317,6 @@ def _read_json(path: PathLike, text: str) -> tuple[list[str], list[list[Any]]]:
         objects.append(found)
     names = list(dict.fromkeys(name for found in objects for name in found))
     return names, [[found.get(name) for name in names] for found in objects]
-
-
-def _known_pair(names: Iterable[str]) -> tuple[str, str] | None:
-    found = set(map(_normalized, names))
-    return next(((p, t) for p, t in PAIR_NAMES if p in found and t in found), None)
-
-
-def _normalized(name: str) -> str:
-    return name.strip().rstrip(":").strip().lower()
-
-
-def _is_header(first: Sequence[str], body: Sequence[Sequence[str]], prompts_only: bool) -> bool:
-    """Whether the first row names the columns: it has names of a pair, or words that name columns,
-    or single words above cells that are numbers or have several words."""
-    lower = list(map(_normalized, first))
-    if _known_pair(first) or (len(first) == 1 and lower[0] in TEXT_NAMES):
-        return True
-    if prompts_only and any(prompt in lower for prompt, _ in PAIR_NAMES):
-        return True
-    is_short = all(0 < len(name.split()) <= MAX_HEADER_WORDS for name in lower)
-    if (
-        not is_short
-        or len(set(lower)) < len(lower)
-        or any(re.search("[.,;?!…]$", n) for n in lower)
-    ):
-        return False
-    n_words = sum(name.split()[0] in COLUMN_WORDS for name in lower)
-    if (len(first) > 1 or prompts_only) and n_words >= len(first) / 2:
-        return True
-    if len(first) < 2 or len(body) < 5:
-        return False
-    cells = [cell for row in body for cell in row if cell]
-    n_single = sum(re.fullmatch(r"[^\W\d]+", cell) is not None for cell in cells)
-    is_single = all(re.fullmatch(r"[^\W\d]+", name) for name in first)
-    has_text = any(" " in cell for cell in cells)
-    return is_single and has_text and n_single <= MAX_WORDS * len(cells)
-
-
-def _choose_columns(
-    path: PathLike,
-    names: Sequence[str],
-    n_columns: int,
-    prompt_col: str | None,
-    target_col: str | None,
-    prompts_only: bool,
-) -> tuple[int, int | None, bool]:
-    """Returns the indices of the prompt and of the target, and whether they are a guess.
-
-    Raises:
-        HRMError: a column that was asked for does not exist, both are the same, or no key of JSON
-            is known.
-    """
-    lower = list(map(_normalized, names))
-
-    def find(column: str) -> int:
-        if _normalized(column) in lower:
-            return lower.index(_normalized(column))
-        if column.isdecimal() and 1 <= int(column) <= n_columns:
-            return int(column) - 1
-        known = f"its columns are {', '.join(names)}" if names else f"it has {n_columns} columns"
-        raise HRMError(f"{path} has no column {column}: {known}")
-
-    prompt = None if prompt_col is None else find(prompt_col)
-    target = None if target_col is None else find(target_col)
-    if prompt is not None and prompt == target:
-        raise HRMError(f"{path}: prompt and target are the same column: give two")
-    if prompt is None and target is None:
-        if pair := _known_pair(names):
-            return lower.index(pair[0]), lower.index(pair[1]), False
-        prompt = next((lower.index(p) for p, _ in PAIR_NAMES if p in lower), None)
-        if prompt is not None and prompts_only:
-            return prompt, None, False
-        is_json = table_suffix(path) == ".jsonl"
-        if is_json and (text := next((n for n in TEXT_NAMES if n in lower), None)):
-            return lower.index(text), None, False
-        if is_json and n_columns > 1:
-            raise HRMError(
-                f"{path}: which keys are prompt and target? Its keys are {', '.join(names)}: give "
-                "--prompt_col and --target_col"
-            )
-    is_guess = prompt_col is None
-    others = [i for i in range(n_columns) if i not in (prompt, target)]
-    if prompt is None and others:
-        prompt = others.pop(0)
-    if prompt is None:
-        raise HRMError(f"{path} has one column: it cannot be both prompt and target")
-    if target is None and others:
-        target = next((i for i in others if i > prompt), others[0])
-    return prompt, target, is_guess
 
 
 def shorten(text: str) -> str:

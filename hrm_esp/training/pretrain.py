@@ -80,11 +80,7 @@ def train_lm(
     print0(f"held out: {len(held_out):,} bytes, {'the end of it' if val is None else val}")
     for line in stats.warnings(model.n_parameters(), options.sep):
         print0(f"warning: {line}")
-    if (share := shared_lines(stream, held_out)) >= MIN_SHARED:
-        print0(
-            f"warning: {share:.0%} of the held-out text is in lines that the training text also "
-            "has, so its score is too good: remove the copies"
-        )
+    warn_if_shared(stream, held_out)
     describe_run("pretrain", model, dtype)
 
     # Step 4: train.
@@ -110,6 +106,15 @@ def train_lm(
     )
     trainer.run()
     return trainer.result(final_eval)
+
+
+def warn_if_shared(stream: ByteStream, held_out: ByteStream) -> None:
+    """Prints a warning if the training text has lines of the held-out text."""
+    if (share := shared_lines(stream, held_out)) >= MIN_SHARED:
+        print0(
+            f"warning: {share:.0%} of the held-out text is in lines that the training text also "
+            "has, so its score is too good: remove the copies"
+        )
 
 
 def load_corpus(
