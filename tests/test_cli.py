@@ -271,7 +271,6 @@ BAD = {
     "pairs into nowhere": ("pairs", "text.txt", "-o", "no/pairs.tsv"),
     "no sentence is short enough": ("pairs", "text.txt", "--max_bytes", "3", "-o", "out.tsv"),
     "pairs over their text": ("pairs", "text.txt", "-o", "./text.txt"),
-    "pairs of another encoding": ("pairs", "latin.txt", "-o", "out.tsv"),
     "a flag that is set": ("pretrain", "text.txt", "--set", "overwrite=true"),
     "a hyperparameter's value": ("pretrain", "text.txt", "--optimizer", "sgd"),
     "a hyperparameter without a value": ("pretrain", "text.txt", "--warmup"),

@@ -535,6 +535,13 @@ def test_rows_without_a_header_and_json_values_stay_as_they_are(
     assert list(found) == ["id", "prompt", "tags", "ok", "answer"] and found["tags"] == ["x"]
 
 
+def test_pairs_of_a_file_in_an_old_encoding(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_bytes("El niño comió pan.\n".encode("latin-1"))
+    out = run("pairs", "old.txt")
+    assert out.stdout == "El nino comio pan.\tEl niño comió pan.\n"
+    assert "read as latin-1" in out.stderr
+
+
 def test_plans_of_files_and_of_long_texts(trained: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     (tmp_path / "old.txt").write_bytes(SPANISH.encode("latin-1"))

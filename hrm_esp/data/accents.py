@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator
 
 from ..files import PathLike
 from .corruption import strip_accents
-from .text import MAX_UNDECODABLE, TextStats, load_documents
+from .stream import load_stream
 
 
 def sentences(path: PathLike, max_bytes: int = 300, encoding: str = "utf-8") -> Iterator[str]:
@@ -17,13 +16,11 @@ def sentences(path: PathLike, max_bytes: int = 300, encoding: str = "utf-8") -> 
     Raises:
         HRMError: the file is missing, a folder, or not text.
     """
-    stats = TextStats()
-    for line in load_documents(path, encoding, "line", stats):
-        line = unicodedata.normalize("NFC", re.sub(r"\s+", " ", line.strip()))
+    for document in bytes(load_stream([path], encoding)).split(b"\n"):
+        line = re.sub(r"\s+", " ", document.decode().strip())
         for sentence in re.split(r"(?<=[.!?…]) ", line):
             if 0 < len(sentence.encode()) <= max_bytes:
                 yield sentence
-    stats.report(path, encoding, MAX_UNDECODABLE)
 
 
 def accent_pairs(

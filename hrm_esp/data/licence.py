@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-HINTS = ("***", "*END*", "Gutenberg")  # one of them is in each line that START or END match
+HINTS = ("***", "*end*", "gutenberg")  # a cheap test before the regular expressions
 START = re.compile(
     r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG|^\*END\* ?THE SMALL PRINT", re.IGNORECASE
 )
@@ -34,7 +34,7 @@ def cut_licence(lines: Iterable[str], stats: CutLines) -> Iterator[str]:
     held_back: list[str] | None = []  # lines that are part of the licence if START comes
     is_after_end = False
     for line in lines:
-        is_marked = any(hint in line for hint in HINTS)
+        is_marked = any(hint in line.lower() for hint in HINTS)
         if is_marked and START.search(line):
             stats.licence_lines += 1 + len(held_back or ())
             held_back, is_after_end = None, False

@@ -201,7 +201,7 @@ def read_table(
         cells,
         prompt,
         target,
-        rest_is_target=separator == "\t" and target == last and target_col is None,
+        rest_is_target=separator == "\t" and target == last,
         prompts_only=prompts_only,
         is_guess=is_guess,
         escaped_breaks=n_escaped,
