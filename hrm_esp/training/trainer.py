@@ -377,13 +377,16 @@ class Trainer:
         self.state_saved_at = time.perf_counter()
 
     def save_epoch(self) -> None:
-        """Writes an epoch checkpoint; in a timed run with short epochs only now and then."""
-        now = time.perf_counter()
+        """Writes an epoch checkpoint, if ``keep`` asks for it; in a timed run with short epochs only
+        now and then."""
+        now, keep = time.perf_counter(), self.options.keep
+        if not keep:
+            return
         if self.options.minutes is not None and now - self.epoch_saved_at < EPOCH_SECONDS:
             return
         self.epoch_saved_at = now
         self.save(f"epoch{self.state.epoch}")
-        self.folder.rotate_epochs(self.options.keep)
+        self.folder.rotate_epochs(keep)
 
     def finish(self, log: MetricsLog) -> None:
         """Writes the last files of a run that is over or was stopped.
