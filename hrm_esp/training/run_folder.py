@@ -105,7 +105,8 @@ class RunFolder:
         return self.root / f"{self.stage}_{name}.pt"
 
     def prepare(self, resume: bool) -> None:
-        """Removes what a killed process left behind."""
+        """Creates the folder, and removes what a killed process left behind."""
+        self.root.mkdir(parents=True, exist_ok=True)
         caches = CACHES if self.stage == "pretrain" else ()
         remove_partial_files(self.root, f"{self.stage}_", "metrics.", *caches)
         if not resume:
