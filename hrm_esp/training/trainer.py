@@ -377,8 +377,8 @@ class Trainer:
         self.state_saved_at = time.perf_counter()
 
     def save_epoch(self) -> None:
-        """Writes an epoch checkpoint, if ``keep`` asks for it; in a timed run with short epochs only
-        now and then."""
+        """Writes an epoch checkpoint, if ``keep`` asks for it; in a timed run with short epochs
+        only now and then."""
         now, keep = time.perf_counter(), self.options.keep
         if not keep:
             return
