@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
+from .cpu_load import LoadMeter, n_usable_cpus
 from .errors import HRMError
 
+LOAD_SECONDS = 1.0  # between two looks at what other processes do
 
 def choose_device(name: str | None = None, cpu: bool = False) -> torch.device:
     """Returns the named device, or the best available: CUDA, then MPS, then the CPU.
@@ -82,6 +86,53 @@ def limit_threads(n_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class AdaptiveThreads:
+    """Uses fewer CPU threads while other processes use the CPUs: an operation ends when its slowest
+    thread does.
+
+    Results depend on the number of threads, in the last digits. Does nothing where the user has
+    set a number of threads, and where the system does not say how busy it is.
+    """
+
+    def __init__(self) -> None:
+        self.max_threads = torch.get_num_threads()
+        self.n_cpus, self.meter = n_usable_cpus(), LoadMeter()
+        self.looked_at = time.perf_counter()
+
+    def adapt(self) -> None:
+        """Sets the number of threads of the calling thread, at most once per second."""
+        now = time.perf_counter()
+        if now - self.looked_at < LOAD_SECONDS:
+            return
+        self.looked_at, others = now, self.meter.others()
+        if others is not None:
+            n = min(self.max_threads, round(self.n_cpus - others))
+            torch.set_num_threads(max(1, n))
+
+
+_adaptive: AdaptiveThreads | None = None
+
+
+@contextmanager
+def adaptive_threads() -> Iterator[None]:
+    """Makes `adapt_threads` work inside the block."""
+    global _adaptive
+    is_set = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+    before, _adaptive = _adaptive, None if is_set else AdaptiveThreads()
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        _adaptive = before
+        torch.set_num_threads(n_threads)
+
+
+def adapt_threads() -> None:
+    """To be called between two steps of what takes long, see `AdaptiveThreads`."""
+    if _adaptive is not None:
+        _adaptive.adapt()
 
 
 def keep_freed_memory() -> None:
