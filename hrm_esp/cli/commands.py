@@ -169,13 +169,9 @@ def write_completions(
     from ..data import write_table
     from ..data.table import unique
 
-    n = 0
-
     def rows() -> Iterator[list[Any]]:
-        nonlocal n
-        for completion in completions:
-            cells = [completion.prompt] if table is None else table.cells[n // args.num_samples]
-            n += 1
+        for i, completion in enumerate(completions):
+            cells = [completion.prompt] if table is None else table.cells[i // args.num_samples]
             yield [*cells, *[None] * (width - len(cells)), completion.text]
 
     names = ["prompt"] if table is None else table.names
@@ -183,7 +179,7 @@ def write_completions(
     made_up = [f"column {i + 1}" for i in range(len(names), width)]
     separator = "," if table is None or table.separator not in (";", ",") else table.separator
     columns = unique([*names, *made_up, "answer"])
-    write_table(args.out, columns, rows(), separator, header=len(names) > 0)
+    n = write_table(args.out, columns, rows(), separator, header=len(names) > 0)
     print(f"{n:,} texts in {args.out}")
 
 
@@ -222,28 +218,32 @@ def read_prompts(path: str, encoding: str) -> Iterator[str]:
     from ..data.text import TextStats, read_lines, read_text
 
     if Path(path).is_file():
-        text, found = read_text(path, encoding, 1.0)
-        if found != encoding:
-            print(f"warning: {path} is not UTF-8: read as {found}", file=sys.stderr)
+        text, stats = read_text(path, encoding, 1.0)
+        stats.report_guess(path)
         yield from text.split("\n") if text else ()
         return
     stats = TextStats()
     for line in read_lines(path, encoding, stats):
         stats.add(line)
         yield line
-    stats.report(path, encoding)
+    stats.report(path)
 
 
 def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
-    """Yields the prompts, with a warning for each that the model does not read to its end."""
+    """Yields the prompts. Warns at the first one that the model does not read to its end, and says
+    at the end how many there were."""
     from ..data import to_bytes
 
+    n_long = 0
     for prompt in prompts:
         if len(to_bytes(prompt)) > max_len:
-            print(
-                f"warning: only the first {max_len} bytes of the prompt are read", file=sys.stderr
-            )
+            n_long += 1
+            if n_long == 1:
+                line = f"warning: only the first {max_len} bytes of a prompt are read"
+                print(line, file=sys.stderr)
         yield prompt
+    if n_long > 1:
+        print(f"warning: {n_long:,} prompts are longer and were cut", file=sys.stderr)
 
 
 def evaluate(args: argparse.Namespace) -> None:

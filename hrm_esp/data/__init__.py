@@ -26,6 +26,7 @@ from .stream import as_inputs as as_inputs
 from .stream import as_targets as as_targets
 from .stream import load_stream as load_stream
 from .stream import split_stream as split_stream
+from .stream import stream_documents as stream_documents
 from .table import Table as Table
 from .table import check_table_name as check_table_name
 from .table import is_table as is_table

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .stream import BREAK, ByteStream
+from .stream import DOCUMENT_END, ByteStream
 from .text import LINE_BREAK
 
 CHUNK_BYTES = 2**24  # read at once: a corpus may be larger than memory
@@ -18,7 +18,7 @@ SPANISH = re.compile(rb"\b(?:de|la|que|el|en|y|los|se)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(rb"[.!?:)'\"\xbb]\s*$|\xe2\x80[\xa6\x99\x9d]\s*$")  # ... and quotes, too
 MIN_COMMON_WORDS = 12  # in 1,000 bytes: Spanish prose has about 40, English 2
 MIN_BYTES_PER_WEIGHT = 1 / 20  # with less text the model overfits
-N_TINY_WEIGHTS = 1_500_000  # a model of size tiny has fewer
+SMALLER_SIZES = {"small": 7_700_000, "tiny": 1_400_000}  # at most so many weights, see --size
 MIN_LINE_BYTES = 20  # of a line that is compared with others
 
 
@@ -72,12 +72,14 @@ class CorpusStats:
         if self.common_words < MIN_COMMON_WORDS:
             yield "this does not look like Spanish: check --encoding"
         if self.bytes < n_parameters * MIN_BYTES_PER_WEIGHT:
-            advice = (
-                "give --size tiny, or more text"
-                if n_parameters > N_TINY_WEIGHTS
-                else "give more text"
-            )
-            yield f"little text for {n_parameters:,} weights, which may memorize it: {advice}"
+            smaller = {s: n for s, n in SMALLER_SIZES.items() if n < n_parameters}
+            fitting = [s for s, n in smaller.items() if self.bytes >= n * MIN_BYTES_PER_WEIGHT]
+            advice = "more text"
+            if fitting:
+                advice = f"--size {fitting[0]}, or more text"
+            elif smaller:
+                advice = "--size tiny and more text"
+            yield f"little text for {n_parameters:,} weights, which may memorize it: give {advice}"
 
 
 def corpus_stats(stream: ByteStream) -> CorpusStats:
@@ -86,7 +88,7 @@ def corpus_stats(stream: ByteStream) -> CorpusStats:
     longest = since_break = 0
     for start in range(0, len(stream), CHUNK_BYTES):
         chunk = stream[start : start + CHUNK_BYTES]
-        (breaks,) = np.nonzero(chunk == BREAK)
+        (breaks,) = np.nonzero(chunk == DOCUMENT_END)
         lengths = np.diff(breaks, prepend=-1 - since_break) - 1
         since_break = len(chunk) - 1 - int(breaks[-1]) if len(breaks) else since_break + len(chunk)
         clipped = np.minimum(lengths, MAX_COUNTED_LENGTH)

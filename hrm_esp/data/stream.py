@@ -10,34 +10,42 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike, mmap_cached
 from ..tokenizer import BOS, inputs_to_targets
 from .corpus_files import CopyFinder, text_files
-from .text import LINE_BREAK, MAX_UNDECODABLE, TextStats, document_bytes, load_documents
+from .text import (
+    LINE_BREAK,
+    MAX_UNDECODABLE,
+    TextStats,
+    document_bytes,
+    document_text,
+    guess_and_read,
+    load_documents,
+)
 
-BREAK = 10  # the byte that ends a document
+STREAM_VERSION = 3  # of the bytes that a text becomes: changing it rebuilds cached streams
+DOCUMENT_END = 10  # the byte after each document
 VAL_FRACTION = 0.05  # default share of the data that is held out
 
 ByteStream = np.ndarray  # uint8, (N,)
 
 
 def as_inputs(window: np.ndarray) -> np.ndarray:
-    """Returns stream bytes as the model reads them: int64, the document break as BOS."""
+    """Returns stream bytes as the model reads them: int64, the end of a document as BOS."""
     ids = window.astype(np.int64)
-    ids[ids == BREAK] = BOS
+    ids[ids == DOCUMENT_END] = BOS
     return ids
 
 
 def as_targets(window: np.ndarray) -> np.ndarray:
-    """Returns stream bytes as the model predicts them: int64, the document break as EOS."""
+    """Returns stream bytes as the model predicts them: int64, the end of a document as EOS."""
     targets: np.ndarray = inputs_to_targets(as_inputs(window))
     return targets
 
@@ -57,24 +65,30 @@ def write_stream(
     """
     n_documents, copies = 0, CopyFinder()
     for path in files:
-        start, file_encoding = out.tell(), encoding
-        while True:
-            stats = TextStats()
-            documents = load_documents(path, file_encoding, sep, stats, keep_licence)
-            for document in copies.read(map(document_bytes, documents)):
-                out.write(document + b"\n")
-            if (true := stats.true_encoding()) is None:
-                break
-            print0(f"warning: {path} is not UTF-8: read as {true} (as with --encoding {true})")
-            file_encoding = true
-            out.seek(start)
-            out.truncate()
+        stats = write_documents(path, out, encoding, sep, keep_licence, copies)
         copies.end(path)
-        stats.report(path, file_encoding, MAX_UNDECODABLE)
+        stats.report_guess(path)
+        stats.report(path, MAX_UNDECODABLE)
         n_documents += stats.documents
     copies.report()
     if not n_documents:
         raise HRMError(f"no text in {', '.join(map(str, files[:3]))}")
+
+
+def write_documents(
+    path: Path, out: IO[bytes], encoding: str, sep: str, keep_licence: bool, copies: CopyFinder
+) -> TextStats:
+    """Writes the documents of a file to ``out``, each followed by a line feed."""
+    start = out.tell()
+
+    def write(encoding: str, stats: TextStats) -> None:
+        out.seek(start)
+        out.truncate()
+        documents = load_documents(path, encoding, sep, stats, keep_licence)
+        for document in copies.read(map(document_bytes, documents)):
+            out.write(document + b"\n")
+
+    return guess_and_read(encoding, write)[1]
 
 
 def load_stream(
@@ -102,13 +116,18 @@ def load_stream(
             file.flush()
             return np.memmap(file, dtype=np.uint8, mode="r")
     sources = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    parts = [3, encoding, sep, keep_licence, sources]
+    parts = [STREAM_VERSION, encoding, sep, keep_licence, sources]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def write(file: IO[bytes]) -> None:
         write_stream(files, file, encoding, sep, keep_licence)
 
     return mmap_cached(Path(token_file), key, write)
+
+
+def stream_documents(stream: ByteStream) -> Iterator[str]:
+    """Yields the documents of a stream as people read them."""
+    return map(document_text, bytes(stream).split(b"\n")[:-1])
 
 
 def split_stream(stream: ByteStream, fraction: float | None) -> tuple[ByteStream, ByteStream]:
@@ -124,7 +143,7 @@ def split_stream(stream: ByteStream, fraction: float | None) -> tuple[ByteStream
     fraction = VAL_FRACTION if fraction is None else fraction
     cut = len(stream) - round(len(stream) * fraction)
     middle = (cut + len(stream)) // 2
-    for end in (BREAK, ord(LINE_BREAK)):
+    for end in (DOCUMENT_END, ord(LINE_BREAK)):
         (breaks,) = np.nonzero(stream[cut:middle] == end)
         if len(breaks):
             cut += int(breaks[0]) + 1
