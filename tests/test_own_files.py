@@ -363,15 +363,6 @@ def test_copies_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "an earlier one: 1, " in capsys.readouterr().err
 
 
-def test_held_out_text_in_the_training_text_is_said(run: Run, tmp_path: Path) -> None:
-    lines = [f"Esta es la línea número {i} de un libro cualquiera." for i in range(100)]
-    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "val.txt").write_text("\n".join([*lines[:25], *(x[::-1] for x in lines[25:])]))
-    args = ("pretrain", "corpus.txt", "--steps", "1", *SMALL, "--overwrite")
-    assert "25% of the held-out text" in run(*args, "--val", "val.txt").stderr
-    assert "of the held-out text" not in run(*args).stderr
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [("a" * 3000, "one document of"), ("un solo documento, sin más\n", "one document of"),

@@ -122,7 +122,9 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     )
     groups = {name: parser.add_argument_group(name) for name in TRAIN_GROUPS}
     groups["data"].add_argument(
-        "--val", metavar="FILE", help="held-out text (default: the end of the corpus)"
+        "--val",
+        metavar="PATH",
+        help="held-out text, a file or a folder; never trained on (default: the end of the corpus)",
     )
     groups["model"].add_argument(
         "--size",

@@ -16,6 +16,7 @@ from .corruption import strip_accents as strip_accents
 from .finetuning import TSVDataset as TSVDataset
 from .finetuning import dataset_tsv as dataset_tsv
 from .finetuning import encode_prompt as encode_prompt
+from .finetuning import remove_pairs as remove_pairs
 from .finetuning import split_pairs as split_pairs
 from .pretraining import LMDataset as LMDataset
 from .pretraining import dataset_lm as dataset_lm

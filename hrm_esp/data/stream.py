@@ -8,18 +8,23 @@ per byte. A line break inside a document is LINE_BREAK.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
+from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike, mmap_cached
 from ..tokenizer import BOS, inputs_to_targets
 from .corpus_files import CopyFinder, text_files
+from .held_out import DocumentSet, Removed, stream_units
 from .text import (
     LINE_BREAK,
     MAX_UNDECODABLE,
@@ -56,39 +61,65 @@ def write_stream(
     encoding: str,
     sep: str = "line",
     keep_licence: bool = False,
+    held_out: ByteStream | None = None,
 ) -> None:
     """Writes the documents of ``files`` to ``out``, each followed by a line feed, and prints what
     is odd about them.
 
+    Args:
+        held_out: see `load_stream`.
+
     Raises:
         HRMError: a file cannot be read, none holds any text, or an unknown ``sep``.
     """
-    n_documents, copies = 0, CopyFinder()
+    n_documents, all_removed, copies = 0, Removed(), CopyFinder()
+    held_out_units = () if held_out is None else stream_units(held_out)
+    excluded = DocumentSet(itertools.chain.from_iterable(held_out_units))
     for path in files:
-        stats = write_documents(path, out, encoding, sep, keep_licence, copies)
+        read = partial(load_documents, path, sep=sep, keep_licence=keep_licence)
+        removed, stats = write_documents(read, out, encoding, excluded, copies)
         copies.end(path)
         stats.report_guess(path)
         stats.report(path, MAX_UNDECODABLE)
         n_documents += stats.documents
+        all_removed.n_documents += removed.n_documents
+        all_removed.n_bytes += removed.n_bytes
     copies.report()
     if not n_documents:
         raise HRMError(f"no text in {', '.join(map(str, files[:3]))}")
+    if n_documents == all_removed.n_documents:
+        raise HRMError("all of the text is held out: give another --val, or none")
+    if all_removed.n_documents:
+        print0(f"left out of the training text: {all_removed} that are also in the held-out text")
 
 
 def write_documents(
-    path: Path, out: IO[bytes], encoding: str, sep: str, keep_licence: bool, copies: CopyFinder
-) -> TextStats:
-    """Writes the documents of a file to ``out``, each followed by a line feed."""
+    read: Callable[..., Iterator[str]],
+    out: IO[bytes],
+    encoding: str,
+    excluded: DocumentSet,
+    copies: CopyFinder,
+) -> tuple[Removed, TextStats]:
+    """Writes the documents of a file to ``out``, each followed by a line feed.
+
+    Args:
+        read: `load_documents` of the file.
+
+    Returns:
+        What was left out because it is ``excluded``, and statistics of all that was read.
+    """
     start = out.tell()
 
-    def write(encoding: str, stats: TextStats) -> None:
+    def write(encoding: str, stats: TextStats) -> Removed:
         out.seek(start)
         out.truncate()
-        documents = load_documents(path, encoding, sep, stats, keep_licence)
-        for document in copies.read(map(document_bytes, documents)):
+        removed = Removed()
+        documents = map(document_bytes, read(encoding, stats=stats))
+        for document in copies.read(excluded.remove_from(documents, removed)):
             out.write(document + b"\n")
+        return removed
 
-    return guess_and_read(encoding, write)[1]
+    return guess_and_read(encoding, write)
 
 
 def load_stream(
@@ -97,6 +128,7 @@ def load_stream(
     token_file: PathLike | None = None,
     sep: str = "line",
     keep_licence: bool = False,
+    held_out: ByteStream | None = None,
 ) -> ByteStream:
     """Loads text files as one byte stream, memory-mapped.
 
@@ -105,22 +137,25 @@ def load_stream(
         token_file: where to cache the stream; it is reused until the sources change. ``None`` keeps
             it for this process only.
         sep, keep_licence: see `load_documents`.
+        held_out: a stream whose documents are left out, see `DocumentSet.remove_from`.
 
     Raises:
-        HRMError: a file cannot be read, or none holds any text.
+        HRMError: a file cannot be read, or none holds any text that is not held out.
     """
     files = text_files(paths)
     if token_file is None:
         with tempfile.TemporaryFile() as file:
-            write_stream(files, file, encoding, sep, keep_licence)
+            write_stream(files, file, encoding, sep, keep_licence, held_out)
             file.flush()
             return np.memmap(file, dtype=np.uint8, mode="r")
     sources = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    parts = [STREAM_VERSION, encoding, sep, keep_licence, sources]
+    parts: list[Any] = [STREAM_VERSION, encoding, sep, keep_licence, sources]
+    if held_out is not None:
+        parts.append([len(held_out), zlib.crc32(held_out.data)])
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def write(file: IO[bytes]) -> None:
-        write_stream(files, file, encoding, sep, keep_licence)
+        write_stream(files, file, encoding, sep, keep_licence, held_out)
 
     return mmap_cached(Path(token_file), key, write)
 
