@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -133,9 +135,16 @@ def generate(args: argparse.Namespace) -> None:
         finally:
             print()
         return
-    completions = generate_batch(
-        model, prompts, config, num_samples=args.num_samples, batch_size=args.batch_size
-    )
+
+    def complete(prompts: Iterable[str]) -> Iterator[Completion]:
+        return generate_batch(
+            model, prompts, config, num_samples=args.num_samples, batch_size=args.batch_size
+        )
+
+    if args.prompts is None:
+        completions = complete(prompts)
+    else:
+        completions = with_blanks(prompts, complete, args.num_samples)
     if args.out is not None:
         write_completions(completions, table, args)
         return
@@ -215,18 +224,22 @@ def use_utf8_stdout() -> None:
 
 def read_prompts(path: str, encoding: str) -> Iterator[str]:
     """Yields the lines of a file, or of standard input as they come; blank ones too."""
-    from ..data.text import TextStats, read_lines, read_text
+    from ..data.text import TextStats, guess_and_read, read_lines
 
-    if Path(path).is_file():
-        text, stats = read_text(path, encoding, 1.0)
-        stats.report_guess(path)
-        yield from text.split("\n") if text else ()
-        return
+    def read(encoding: str, stats: TextStats) -> Iterator[str]:
+        for line in read_lines(path, encoding, stats):
+            stats.add(line)
+            yield line
+
     stats = TextStats()
-    for line in read_lines(path, encoding, stats):
-        stats.add(line)
-        yield line
-    stats.report(path)
+    if Path(path).is_file():  # it can be read twice
+        _, stats = guess_and_read(encoding, lambda *args: deque(read(*args), maxlen=0))
+        stats.report_guess(path)
+        stats.report(path)
+        yield from read_lines(path, stats.encoding, TextStats())
+    else:
+        yield from read(encoding, stats)
+        stats.report(path)
 
 
 def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
@@ -244,6 +257,41 @@ def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
         yield prompt
     if n_long > 1:
         print(f"warning: {n_long:,} prompts are longer and were cut", file=sys.stderr)
+
+
+def with_blanks(
+    prompts: Iterable[str],
+    complete: Callable[[Iterable[str]], Iterator[Completion]],
+    num_samples: int,
+) -> Iterator[Completion]:
+    """Yields the completions of prompts in order; those of a blank one are empty, and the model is
+    not run for them. Says at the end how many were blank.
+
+    Args:
+        complete: yields ``num_samples`` completions of each prompt.
+    """
+    from ..generation import Completion
+
+    n_blank, runs = 0, deque([0])  # number of blank prompts before each other one, and at the end
+
+    def others() -> Iterator[str]:
+        for prompt in prompts:
+            if prompt.strip():
+                runs.append(0)
+                yield prompt
+            else:
+                runs[-1] += 1
+
+    blank = Completion("", "", [], "blank")
+    for i, completion in enumerate(complete(others())):
+        if i % num_samples == 0:
+            n_blank += runs[0]
+            yield from itertools.repeat(blank, runs.popleft() * num_samples)
+        yield completion
+    n_blank += runs[0]
+    yield from itertools.repeat(blank, runs[0] * num_samples)
+    if n_blank:
+        print(f"{n_blank:,} blank prompts: their answers are empty", file=sys.stderr)
 
 
 def evaluate(args: argparse.Namespace) -> None:
