@@ -260,17 +260,14 @@ def guess_and_read(
     return result, stats
 
 
-def read_text(
-    path: PathLike, encoding: str, max_undecodable: float = MAX_UNDECODABLE
-) -> tuple[str, TextStats]:
+def read_text(path: PathLike, encoding: str) -> tuple[str, TextStats]:
     """Reads a whole file that is small enough for memory, and guesses its encoding.
 
     Returns:
         The text with its line breaks as LF, and its statistics.
 
     Raises:
-        HRMError: see `read_lines`; or a share of more than ``max_undecodable`` of the bytes cannot
-            be decoded.
+        HRMError: see `read_lines`; or more than MAX_UNDECODABLE of the bytes cannot be decoded.
     """
     with read_errors(path, encoding), open_binary(path) as file:
         data = file.read()
@@ -281,7 +278,7 @@ def read_text(
         return text
 
     text, stats = guess_and_read(encoding, read)
-    stats.report(path, max_undecodable)
+    stats.report(path, MAX_UNDECODABLE)
     return text, stats
 
 
