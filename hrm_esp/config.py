@@ -255,7 +255,10 @@ class TrainConfig:
     )  # fmt: skip
     seed: int = option(0, "run", "random seed of weights, data order and noise", low=0, below=2**63)
     out_dir: str = option(DEFAULT_DIR, "run", "folder of the run", metavar="DIR")
-    keep: int = option(3, "run", "newest epoch checkpoints to keep", flag=False, low=1)
+    keep: int | None = option(
+        None, "run", "newest epoch checkpoints to keep (default: 3 with --epochs, else 0)",
+        flag=False, low=0, type=int,
+    )  # fmt: skip
     save_every: float = option(
         5.0, "run", "minutes between two saved states, for --resume", flag=False, above=0
     )
@@ -269,6 +272,8 @@ class TrainConfig:
             raise HRMError(f"give one of --epochs, --steps and --minutes, not {len(given)}")
         if not given:
             object.__setattr__(self, "minutes", 10.0)
+        if self.keep is None:
+            object.__setattr__(self, "keep", 0 if self.epochs is None else 3)
         if self.resume and self.overwrite:
             raise HRMError("give --resume or --overwrite, not both")
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from .distributed import rank
+from .streams import STDERR
 
 
 def print0(text: str) -> None:
     """Prints a line on stderr, from process 0 only; a progress bar moves out of its way."""
     if rank() == 0:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(text, file=STDERR)
 
 
 def progress_bar(total: int, unit: str, show: bool = True) -> tqdm[NoReturn]:
@@ -24,5 +24,7 @@ def progress_bar(total: int, unit: str, show: bool = True) -> tqdm[NoReturn]:
         unit_scale=unit == "B",
         desc="scoring",
         leave=False,
+        file=STDERR,
+        dynamic_ncols=True,
         disable=None if show else True,
     )

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import HRMError, PeerLost
+from .launch import is_distributed
 
 TIMEOUT = timedelta(hours=2)  # one process may read a corpus or validate while the others wait
 
@@ -26,7 +27,7 @@ TIMEOUT = timedelta(hours=2)  # one process may read a corpus or validate while 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Joins the process group if ``torchrun`` started this process; also a decorator."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if not is_distributed() or dist.is_initialized():
         yield
         return
     import torch.distributed.nn  # imported later, its default arguments would keep the group alive
@@ -58,7 +59,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Returns the index of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", 0)) if is_distributed() else 0
 
 
 def all_reduce_sum(*values: float) -> list[float]:

@@ -7,7 +7,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -73,20 +73,13 @@ def mmap_cached(path: Path, key: str, write: Callable[[IO[bytes]], None]) -> np.
         OSError: the disk is full, or the folder cannot be written. No part of the file is left.
     """
     if not is_valid(path, key):
-        is_new_folder = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with atomic_write(path) as file:
-                file.write(bytes(HEADER_BYTES))
-                write(file)
-                header = cache_header(key, file)
-                file.seek(0)
-                file.write(header)
-        except BaseException:
-            if is_new_folder:
-                with suppress(OSError):  # not empty: something else was written meanwhile
-                    path.parent.rmdir()
-            raise
+        with atomic_write(path) as file:
+            file.write(bytes(HEADER_BYTES))
+            write(file)
+            header = cache_header(key, file)
+            file.seek(0)
+            file.write(header)
     return np.memmap(path, dtype=np.uint8, mode="c", offset=HEADER_BYTES)
 
 

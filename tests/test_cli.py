@@ -20,7 +20,7 @@ from test_training import MODEL_OPTIONS, TRAIN_OPTIONS
 
 import hrm_esp
 from hrm_esp.cli import build_parser
-from hrm_esp.cli.main import normalize_flag
+from hrm_esp.cli.command_line import normalize_flag
 from hrm_esp.cli.parser import from_args
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.training.checkpoint import load_checkpoint
@@ -405,7 +405,7 @@ def uninterrupted(
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_was_interrupted_comes_to_the_same(
     trained: Path, uninterrupted: Path, run: Run, tmp_path: Path, number: int
 ) -> None:

@@ -430,7 +430,7 @@ def test_a_table_that_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_hyperparameter_without_a_flag_may_be_given_like_one(run: Run, tmp_path: Path) -> None:
-    from hrm_esp.cli.parser import expand_options
+    from hrm_esp.cli.command_line import expand_options
 
     given = ["pretrain", "a.txt", "--keep_licence", "--no_grow", "--warmup=3", "--decay", "0.1"]
     expanded = ["keep_licence=true", "grow=false", "warmup=3", "decay=0.1"]

@@ -14,6 +14,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,9 @@ from ..config import (
     PretrainConfig,
 )
 from ..errors import HRMError
+from ..launch import launched_rank
+from ..streams import STDERR, flush_stdout, require_stdout
 from .parser import from_args, options
-from .rank import RANK
 
 if TYPE_CHECKING:
     from ..data import Table
@@ -78,13 +80,18 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def print_result(result: TrainResult) -> None:
-    """Prints the score and the best checkpoint, in the first process."""
-    if RANK:
+    """Prints the score and the best checkpoint, in the first process. The run is over: it is no
+    error if they cannot be printed."""
+    if launched_rank():
         return
-    print(f"{result.bytes_seen:,} bytes seen in {result.steps:,} steps, {result.seconds:,.0f} s")
-    if result.score is not None:
-        print(f"held out: {result.score}")
-    print(result.best)
+    with suppress(OSError):
+        print(
+            f"{result.bytes_seen:,} bytes seen in {result.steps:,} steps, {result.seconds:,.0f} s"
+        )
+        if result.score is not None:
+            print(f"held out: {result.score}")
+        print(result.best)
+    flush_stdout()
 
 
 def load_model(args: argparse.Namespace) -> HRMModel:
@@ -105,7 +112,9 @@ def generate(args: argparse.Namespace) -> None:
         raise HRMError("give --prompt or --prompts, not both")
     if args.num_samples < 1 or args.batch_size < 1:
         raise HRMError("num_samples and batch_size must be at least 1")
-    if args.out is not None:
+    if args.out is None:
+        require_stdout()
+    else:
         check_out(args)
     prompt = clean_argument(args.prompt or "")
     if "stop" in args:
@@ -123,7 +132,6 @@ def generate(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts, args.encoding) if table is None else table.prompts()
     if mode == "answer":
         prompts = warn_if_cut(prompts, model.config.max_len)
-    use_utf8_stdout()
     if args.prompts is None and args.num_samples == 1 and not args.json and args.out is None:
         (prompt,) = prompts
         characters = stream(model, prompt, config)
@@ -167,7 +175,7 @@ def read_prompt_table(args: argparse.Namespace) -> Table | None:
             raise HRMError("--prompt_col needs a table: give --prompts FILE.csv, .tsv or .jsonl")
         return None
     table = read_table(args.prompts, args.encoding, args.prompt_col, prompts_only=True)
-    print(table.describe(), file=sys.stderr)
+    print(table.describe(), file=STDERR)
     return table
 
 
@@ -211,17 +219,6 @@ def clean_argument(argument: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def use_utf8_stdout() -> None:
-    """Sets the encoding of standard output to UTF-8.
-
-    Raises:
-        HRMError: standard output is closed.
-    """
-    if sys.stdout is None:
-        raise HRMError("standard output is closed")
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-
-
 def read_prompts(path: str, encoding: str) -> Iterator[str]:
     """Yields the lines of a file, or of standard input as they come; blank ones too."""
     from ..data.text import TextStats, guess_and_read, read_lines
@@ -253,10 +250,10 @@ def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
             n_long += 1
             if n_long == 1:
                 line = f"warning: only the first {max_len} bytes of a prompt are read"
-                print(line, file=sys.stderr)
+                print(line, file=STDERR)
         yield prompt
     if n_long > 1:
-        print(f"warning: {n_long:,} prompts are longer and were cut", file=sys.stderr)
+        print(f"warning: {n_long:,} prompts are longer and were cut", file=STDERR)
 
 
 def with_blanks(
@@ -291,10 +288,11 @@ def with_blanks(
     n_blank += runs[0]
     yield from itertools.repeat(blank, runs[0] * num_samples)
     if n_blank:
-        print(f"{n_blank:,} blank prompts: their answers are empty", file=sys.stderr)
+        print(f"{n_blank:,} blank prompts: their answers are empty", file=STDERR)
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    require_stdout()
     if args.batch_size < 1:
         raise HRMError(f"batch_size must be at least 1, not {args.batch_size}")
     from ..data import is_table
@@ -335,7 +333,7 @@ def pairs(args: argparse.Namespace) -> None:
     rows = accent_pairs(args.text, args.max_bytes, args.encoding)
     lines = (f"{prompt}\t{target}\n" for prompt, target in rows)
     if args.out is None:
-        use_utf8_stdout()
+        require_stdout()
         sys.stdout.writelines(lines)
         return
     out = Path(args.out).resolve()
@@ -354,19 +352,19 @@ def pairs(args: argparse.Namespace) -> None:
 
 
 def plans(args: argparse.Namespace) -> None:
+    require_stdout()
     model = load_model(args)
 
     from ..analysis.plans import as_dicts, compute_plans, draw_map, read_texts, report
 
     texts = read_texts(map(clean_argument, args.texts), args.encoding, model.config.sep)
     found = compute_plans(model, list(texts))
-    use_utf8_stdout()
     lines = (json.dumps(d, ensure_ascii=False) for d in as_dicts(found))
     for line in lines if args.json else report(found):
         print(line)
     if args.out is not None:
         draw_map(found, args.out)
-        print(f"\n{args.out}", file=sys.stderr if args.json else sys.stdout)
+        print(f"\n{args.out}", file=STDERR if args.json else sys.stdout)
 
 
 def plot(args: argparse.Namespace) -> None:

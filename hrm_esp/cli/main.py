@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
 from ..errors import HRMError, Interrupted, PeerLost
+from ..launch import launched_rank
+from ..streams import STDERR, discard_output, flush_stdout, prepare_standard_streams
+from .command_line import parse_command_line
 from .commands import COMMANDS
-from .parser import build_parser, expand_options
-from .rank import RANK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    argv = [normalize_flag(a) for a in (sys.argv[1:] if argv is None else argv)]
+    """Runs the command. Returns the exit status: 0, 2 for a user's mistake, 130 if the run was
+    interrupted by Ctrl-C or another signal."""
+    prepare_standard_streams()
     try:
-        args = build_parser().parse_args(expand_options(argv))
+        return run_command(sys.argv[1:] if argv is None else argv)
+    finally:
+        flush_stdout()
+
+
+def run_command(argv: Sequence[str]) -> int:
+    try:
+        args = parse_command_line(argv)
     except HRMError as error:  # the same in all processes: only the first reports it
-        return 2 if RANK else report_error(str(error))
+        return 2 if launched_rank() else report_error(str(error))
     try:
         COMMANDS[args.command](args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt as error:
-        if RANK == 0:
-            print(file=sys.stderr)
+        if launched_rank() == 0:
+            print(file=STDERR)
             if isinstance(error, Interrupted):
-                print(f"saved: continue with {resume_command(argv)} --resume", file=sys.stderr)
+                print(f"saved: continue with {resume_command(argv)}", file=STDERR)
         return 130
     except BrokenPipeError:  # the reader of stdout is gone, as in `hrm-esp generate | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output(sys.stdout)
         return 0
     except PeerLost as error:
-        return report_error(str(error)) if RANK == 0 else 2
+        return report_error(str(error)) if launched_rank() == 0 else 2
     except HRMError as error:
         return report_error(str(error))
     except (MemoryError, OSError, RuntimeError) as error:
@@ -45,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_error(message: str) -> int:
     """Prints an error as one line. Returns the exit status."""
-    process = f"process {RANK}: " if RANK else ""
-    print(f"hrm-esp: error: {process}" + " ".join(message.split()), file=sys.stderr)
+    rank = launched_rank()
+    process = f"process {rank}: " if rank else ""
+    print(f"hrm-esp: error: {process}" + " ".join(message.split()), file=STDERR)
     return 2
 
 
@@ -64,18 +76,11 @@ def describe_system_error(error: BaseException) -> str | None:
     return None
 
 
-def normalize_flag(word: str) -> str:
-    """Replaces dashes in the name of a flag: ``--top-k=5`` becomes ``--top_k=5``."""
-    name, equals, value = word.partition("=")
-    if not name.startswith("--") or len(name) == 2 or " " in name:
-        return word
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
 def resume_command(argv: Sequence[str]) -> str:
-    """Returns the command that was given, without --resume and --overwrite."""
-    import shlex
-
+    """Returns the command that continues the run which ``argv`` started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "the same torchrun command and"
-    return shlex.join(["hrm-esp", *(a for a in argv if a not in ("--resume", "--overwrite"))])
+        return "the same torchrun command and --resume"
+    command, *rest = argv
+    end = rest.index("--") if "--" in rest else len(rest)  # what follows are no flags
+    flags = [word for word in rest[:end] if word not in ("--resume", "--overwrite")]
+    return shlex.join(["hrm-esp", command, *flags, "--resume", *rest[end:]])

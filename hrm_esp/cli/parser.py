@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar
@@ -93,6 +94,8 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake as an HRMError."""
 
     def error(self, message: str) -> NoReturn:
+        if missing := re.search(r"(--\w+): expected one argument", message):
+            message += f"; if it begins with a dash: {missing[1]}=VALUE"
         raise HRMError(f"{message} (see {self.prog} --help)")
 
 
@@ -391,39 +394,6 @@ class SetAction(argparse.Action):
         if known[name].metadata["flag"] and known[name].default is False:
             raise HRMError(f"--set {value}: give --{name}")  # --resume and --overwrite
         setattr(namespace, name, parse_value(known[name], text))
-
-
-# The configs of which each command of training has flags, and those it sets with --set, too.
-CONFIGS: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
-    "pretrain": ((HRMConfig, PretrainConfig), ()),
-    "finetune": ((FinetuneConfig,), (HRMConfig,)),
-}
-
-
-def expand_options(argv: Sequence[str]) -> list[str]:
-    """Replaces ``--name value`` by ``--set name=value`` for the hyperparameters of training that
-    have no flag; for one that is true or false, also ``--name`` and ``--no_name``."""
-    if not argv or argv[0] not in CONFIGS:
-        return list(argv)
-    with_flags, others = CONFIGS[argv[0]]
-    flags = {name for name, f in options(*with_flags).items() if f.metadata["flag"]}
-    known = {n: f for n, f in options(*with_flags, *others).items() if n not in flags}
-    words, expanded = iter(argv), []
-    for word in words:
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--")
-        is_no = name.startswith("no_") and not equals
-        name = name.removeprefix("no_") if is_no else name
-        is_bool = name in known and isinstance(known[name].default, bool)
-        if not flag.startswith("--") or name not in known or (is_no and not is_bool):
-            expanded.append(word)
-            continue
-        if is_bool and not equals:
-            value = "false" if is_no else "true"
-        elif not equals:
-            value = next(words, "")
-        expanded += ["--set", f"{name}={value}"]
-    return expanded
 
 
 def parse_value(f: Field[Any], text: str) -> Any:

@@ -14,7 +14,7 @@ from ..console import print0, progress_bar
 from ..data import TSVDataset, dataset_tsv, remove_pairs, split_pairs
 from ..data.text import LINE_BREAK
 from ..device import choose_device, choose_precision
-from ..distributed import local_rank_zero_first, process_group
+from ..distributed import process_group
 from ..errors import HRMError
 from ..evaluation import PairScore, pair_bits, score_pairs
 from ..evaluation.metrics import bootstrap_ratio
@@ -22,7 +22,7 @@ from ..files import PathLike
 from ..model import HRMModel
 from .checkpoint import Checkpoint, load_checkpoint
 from .early_stopping import Score
-from .run_folder import open_state
+from .run_folder import open_run
 from .trainer import Trainer, TrainResult, describe_run
 
 VAL_ROWS, FINAL_VAL_ROWS = 200, 1000  # scored at each validation, and at the end
@@ -55,53 +55,52 @@ def train_ft(
     """
     options = options or FinetuneConfig()
     device = device or choose_device()
-    with local_rank_zero_first():
-        resumed = open_state(options, "finetune")
-    # Step 1: load the checkpoint, read the pairs and hold out some of them.
-    torch.manual_seed(options.seed)
-    if isinstance(start, HRMConfig):
-        checkpoint = Checkpoint(start, HRMModel(start).state_dict(), "pretrain")
-    else:
-        checkpoint = load_checkpoint(start)
-    data, held_out = load_pairs(tsv, val, checkpoint.config.max_len, options)
-    if any(LINE_BREAK.encode() in p.prompt + p.target for p in (*data, *held_out)):
-        checkpoint.config = replace(checkpoint.config, line_breaks=True)
-    # Step 2: adapt the model.
-    model = model_to_finetune(checkpoint, options).to(device)
-    if model.config.gumbel and options.context == "plan":
-        print0(
-            "warning: a plan from a codebook tells prompts apart by their codes only, and one code "
-            f"is {math.log2(model.config.n_plan_codes):.3g} bits: give --no_gumbel for a "
-            "continuous plan, or --context cross_attention"
+    with open_run(options, "finetune") as resumed:
+        # Step 1: load the checkpoint, read the pairs and hold out some of them.
+        torch.manual_seed(options.seed)
+        if isinstance(start, HRMConfig):
+            checkpoint = Checkpoint(start, HRMModel(start).state_dict(), "pretrain")
+        else:
+            checkpoint = load_checkpoint(start)
+        data, held_out = load_pairs(tsv, val, checkpoint.config.max_len, options)
+        if any(LINE_BREAK.encode() in p.prompt + p.target for p in (*data, *held_out)):
+            checkpoint.config = replace(checkpoint.config, line_breaks=True)
+        # Step 2: adapt the model.
+        model = model_to_finetune(checkpoint, options).to(device)
+        if model.config.gumbel and options.context == "plan":
+            print0(
+                "warning: a plan from a codebook tells prompts apart by their codes only, and one "
+                f"code is {math.log2(model.config.n_plan_codes):.3g} bits: give --no_gumbel for a "
+                "continuous plan, or --context cross_attention"
+            )
+        dtype = choose_precision(device, options.precision)
+        if resumed is None and should_reinitialize(checkpoint, data, options, device, dtype):
+            reinitialize_blocks(model)
+
+        # Step 3: train.
+        def validate(model: HRMModel) -> Score:
+            rows = TSVDataset(held_out.pairs[:VAL_ROWS], held_out.max_len)
+            score = score_pairs(model, rows, dtype)
+            errors = None if score.exact_match is None else 1 - score.exact_match
+            return Score(errors, score.bits_per_byte, score.n)
+
+        def final_eval(model: HRMModel) -> PairScore:
+            rows = TSVDataset(held_out.pairs[:FINAL_VAL_ROWS], held_out.max_len)
+            with progress_bar(len(rows), "row") as bar:
+                return score_pairs(model, rows, dtype, progress=bar.update)
+
+        trainer = Trainer(
+            model,
+            data,
+            options,
+            stage="finetune",
+            data_id=f"{len(data)}:{zlib.crc32(repr(data.pairs).encode()):08x}",
+            validate=validate if len(held_out) else None,
+            resumed=resumed,
         )
-    dtype = choose_precision(device, options.precision)
-    if resumed is None and should_reinitialize(checkpoint, data, options, device, dtype):
-        reinitialize_blocks(model)
-
-    # Step 3: train.
-    def validate(model: HRMModel) -> Score:
-        rows = TSVDataset(held_out.pairs[:VAL_ROWS], held_out.max_len)
-        score = score_pairs(model, rows, dtype)
-        errors = None if score.exact_match is None else 1 - score.exact_match
-        return Score(errors, score.bits_per_byte, score.n)
-
-    def final_eval(model: HRMModel) -> PairScore:
-        rows = TSVDataset(held_out.pairs[:FINAL_VAL_ROWS], held_out.max_len)
-        with progress_bar(len(rows), "row") as bar:
-            return score_pairs(model, rows, dtype, progress=bar.update)
-
-    trainer = Trainer(
-        model,
-        data,
-        options,
-        stage="finetune",
-        data_id=f"{len(data)}:{zlib.crc32(repr(data.pairs).encode()):08x}",
-        validate=validate if len(held_out) else None,
-        resumed=resumed,
-    )
-    describe_run("finetune", model, dtype, f", {len(data):,} rows, {len(held_out):,} held out")
-    trainer.run()
-    return trainer.result(final_eval)
+        describe_run("finetune", model, dtype, f", {len(data):,} rows, {len(held_out):,} held out")
+        trainer.run()
+        return trainer.result(final_eval)
 
 
 def load_pairs(

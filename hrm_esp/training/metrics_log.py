@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from ..evaluation import perplexity
 from ..files import atomic_write
+from ..streams import STDERR
 from .state import RunState, StepStats
 
 LOG_SECONDS = 10.0  # between two lines, on stderr and in the log
@@ -68,6 +68,8 @@ class Meter:
         self.bar = tqdm(
             total=100,
             desc=title,
+            file=STDERR,
+            dynamic_ncols=True,
             disable=None,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
@@ -119,7 +121,7 @@ class Meter:
             left = state.seconds / progress - state.seconds
             print(
                 f"{progress:4.0%}, {left:,.0f} s left, step {state.step:,}: {text}, lr {lr:.2g}",
-                file=sys.stderr,
+                file=STDERR,
             )
         self.shown_at = now
         # Step 2: the log.

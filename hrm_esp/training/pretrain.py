@@ -22,7 +22,7 @@ from ..evaluation import TextScore, score_stream
 from ..files import PathLike
 from ..model import HRMModel
 from .early_stopping import Score
-from .run_folder import open_state
+from .run_folder import open_run
 from .trainer import Trainer, TrainResult, describe_run
 
 VAL_BYTES = 16_384  # of the held-out text, scored at each validation
@@ -63,49 +63,49 @@ def train_lm(
     )
     device = device or choose_device()
     folder = Path(options.out_dir)
-    # Step 1: read the corpus and hold out a part of it.
-    with local_rank_zero_first():
-        resumed = open_state(options, "pretrain")
-        stream, held_out = load_corpus(corpus, val, options)
-    # Step 2: build the model and count the n-grams.
-    torch.manual_seed(options.seed)
-    model = HRMModel(config)
-    if model.executor.ngrams is not None:
+    with open_run(options, "pretrain") as resumed:
+        # Step 1: read the corpus and hold out a part of it.
         with local_rank_zero_first():
-            model.executor.ngrams.build(stream, folder / "ngrams.counts")
-    model.to(device)
-    dtype = choose_precision(device, options.precision)
-    # Step 3: report what was read.
-    stats = corpus_stats(stream)
-    print0(f"corpus: {stats}")
-    print0(f"held out: {len(held_out):,} bytes, {'the end of it' if val is None else val}")
-    for line in stats.warnings(model.n_parameters(), options.sep):
-        print0(f"warning: {line}")
-    describe_run("pretrain", model, dtype)
+            stream, held_out = load_corpus(corpus, val, options)
+        # Step 2: build the model and count the n-grams.
+        torch.manual_seed(options.seed)
+        model = HRMModel(config)
+        if model.executor.ngrams is not None:
+            with local_rank_zero_first():
+                model.executor.ngrams.build(stream, folder / "ngrams.counts")
+        model.to(device)
+        dtype = choose_precision(device, options.precision)
+        # Step 3: report what was read.
+        stats = corpus_stats(stream)
+        print0(f"corpus: {stats}")
+        print0(f"held out: {len(held_out):,} bytes, {'the end of it' if val is None else val}")
+        for line in stats.warnings(model.n_parameters(), options.sep):
+            print0(f"warning: {line}")
+        describe_run("pretrain", model, dtype)
 
-    # Step 4: train.
-    def validate(model: HRMModel) -> Score:
-        return Score(None, score_stream(model, held_out[:VAL_BYTES], dtype).bits_per_byte)
+        # Step 4: train.
+        def validate(model: HRMModel) -> Score:
+            return Score(None, score_stream(model, held_out[:VAL_BYTES], dtype).bits_per_byte)
 
-    def final_eval(model: HRMModel) -> TextScore:
-        text = held_out[:FINAL_VAL_BYTES]
-        with progress_bar(len(text), "B") as bar:
-            return score_stream(model, text, dtype, progress=bar.update)
+        def final_eval(model: HRMModel) -> TextScore:
+            text = held_out[:FINAL_VAL_BYTES]
+            with progress_bar(len(text), "B") as bar:
+                return score_stream(model, text, dtype, progress=bar.update)
 
-    data = LMDataset(
-        stream, config.max_len, options.planner_input, config.preceding_len, options.denoise
-    )
-    trainer = Trainer(
-        model,
-        data,
-        options,
-        stage="pretrain",
-        data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
-        validate=validate if len(held_out) else None,
-        resumed=resumed,
-    )
-    trainer.run()
-    return trainer.result(final_eval)
+        data = LMDataset(
+            stream, config.max_len, options.planner_input, config.preceding_len, options.denoise
+        )
+        trainer = Trainer(
+            model,
+            data,
+            options,
+            stage="pretrain",
+            data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
+            validate=validate if len(held_out) else None,
+            resumed=resumed,
+        )
+        trainer.run()
+        return trainer.result(final_eval)
 
 
 def load_corpus(

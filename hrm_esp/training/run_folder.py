@@ -1,14 +1,17 @@
-"""The folder of a run: names of its checkpoints, which are kept, and what to say when the disk is
-full."""
+"""The folder of a run: its lock, names of its checkpoints, which are kept, and what to say when the
+disk is full."""
 
 from __future__ import annotations
 
 import errno
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..config import TrainConfig
+from ..distributed import rank
 from ..errors import HRMError
 from ..files import PathLike, remove_partial_files
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -16,16 +19,64 @@ from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 CACHES = ("corpus.", "ngrams.")  # beginnings of the names of files that pretraining builds
 
 
-def open_state(options: TrainConfig, stage: str) -> Checkpoint | None:
-    """Returns the state of the run to resume, or ``None`` for a new run.
+@contextmanager
+def open_run(options: TrainConfig, stage: str) -> Iterator[Checkpoint | None]:
+    """Locks the folder of a run inside the block, and creates it. If nothing is written to a new
+    folder, it is removed again.
+
+    Yields:
+        The state of the run to resume, or ``None`` for a new run.
 
     Raises:
-        HRMError: the state is missing or damaged; or the folder holds a run of this stage, and
-            neither --resume nor --overwrite was given.
+        HRMError: another run has the folder; the state is missing or damaged; or the folder holds a
+            run of this stage, and neither --resume nor --overwrite was given.
     """
     folder = Path(options.out_dir)
     if folder.exists() and not folder.is_dir():
         raise HRMError(f"{folder} is a file: give another --out_dir")
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_folder(folder):
+            yield load_state(options, stage)
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lets one run at a time write to a folder. The system releases the lock when the process ends,
+    however it ends. On Windows nothing is locked.
+
+    Raises:
+        HRMError: another process has the lock.
+    """
+    if sys.platform == "win32" or rank() != 0:
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise HRMError(
+            f"another run is writing to {folder}: wait for its end, or give another --out_dir"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def load_state(options: TrainConfig, stage: str) -> Checkpoint | None:
+    """Returns what `open_run` yields."""
+    folder = Path(options.out_dir)
     if options.resume:
         path = folder / f"{stage}_state.pt"
         if not path.is_file():
@@ -54,11 +105,11 @@ class RunFolder:
         return self.root / f"{self.stage}_{name}.pt"
 
     def prepare(self, resume: bool) -> None:
-        """Removes what a killed process left behind, and creates the folder of a new run."""
+        """Creates the folder, and removes what a killed process left behind."""
+        self.root.mkdir(parents=True, exist_ok=True)
         caches = CACHES if self.stage == "pretrain" else ()
         remove_partial_files(self.root, f"{self.stage}_", "metrics.", *caches)
         if not resume:
-            self.root.mkdir(parents=True, exist_ok=True)
             self.overwritten = list(self.root.glob(f"{self.stage}_*.pt"))
 
     def save(self, name: str, content: Checkpoint) -> None:
@@ -81,8 +132,6 @@ class RunFolder:
         """Turns an OSError inside the block into an HRMError that says what is saved."""
         try:
             yield
-        except BrokenPipeError:  # of stdout or stderr
-            raise
         except OSError as error:
             raise self._write_error(error) from error
 

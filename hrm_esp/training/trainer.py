@@ -35,6 +35,7 @@ from ..evaluation import PairScore, TextScore
 from ..generation import generate
 from ..model import HRMModel
 from .checkpoint import Checkpoint, load_checkpoint
+from .clock import RunningClock
 from .early_stopping import Score, is_best, is_worse
 from .loss import BatchSizes, LossModule, code_counts
 from .metrics_log import Meter, MetricsLog
@@ -104,7 +105,7 @@ class Trainer:
         self.state = RunState()
         self.fingerprint = resume_fingerprint(options) | {"data": data_id}
         self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
-        self.last_validation_seconds = 0.0
+        self.last_validation_seconds, self.last_nll = 0.0, 0.0
         self.is_first = rank() == 0  # the process that logs, validates and saves
         self.folder = RunFolder(options.out_dir, stage)
         if self.is_first:
@@ -127,16 +128,16 @@ class Trainer:
         """Trains until the run is over.
 
         Raises:
-            HRMError: many steps in a row had no finite gradient, or the disk is full.
-            Interrupted: Ctrl-C or SIGTERM, after saving.
+            HRMError: the run diverged, or the disk is full.
+            Interrupted: a signal stopped the run, after saving.
             PeerLost: another process is gone; the first process has saved the state.
         """
         state, last_epoch = self.state, self.state.epoch
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model.train()
-        begin = time.perf_counter() - state.seconds
         with (
+            RunningClock(state.seconds) as clock,
             stop_signals() as stop_requested,
             self.folder.report_write_errors(),
             self.open_meter() as meter,
@@ -144,7 +145,7 @@ class Trainer:
             try:
                 for n_done, batches in self.batches():
                     step = self.train_step(batches)
-                    state.advance(step, n_done, len(self.data), time.perf_counter() - begin)
+                    state.advance(step, n_done, len(self.data), clock.seconds())
                     if meter is not None:  # in the first process
                         meter.update(step)
                         meter.show(self.progress(), step.lr)
@@ -195,7 +196,7 @@ class Trainer:
         """Takes one optimizer step on some micro-batches.
 
         Raises:
-            HRMError: `MAX_SKIPPED` steps in a row had no finite gradient.
+            HRMError: the run diverged.
             PeerLost: another process is gone.
         """
         lr = learning_rate(self.options, self.state.step, self.progress())
@@ -222,6 +223,7 @@ class Trainer:
                 chosen = code_counts(terms.code_logits)
                 counts = chosen if counts is None else counts + chosen
         nll, logged = all_reduce_sum(nll, n_logged)
+        self.last_nll = nll if logged else self.last_nll
         # Step 2: weights and running statistics.
         grad_norm = self.optimizer_step()
         self.model.update_running_stats(stats)
@@ -241,14 +243,21 @@ class Trainer:
             self.state.skipped += 1
             self.state.skipped_total += 1
             if self.state.skipped == MAX_SKIPPED:
-                raise HRMError(
-                    f"{MAX_SKIPPED} steps in a row without a finite gradient: "
-                    "try a lower --lr or --set precision=fp32"
-                )
+                raise self.diverged(f"{MAX_SKIPPED} steps in a row had no finite gradient")
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def diverged(self, reason: str) -> HRMError:
+        """Returns the error that ends a run whose model is of no use."""
+        best = self.folder.checkpoint("best")
+        has_best = self.state.best_bpb is not None
+        saved = f"the best checkpoint before that is {best}" if has_best else "nothing is saved"
+        return HRMError(
+            f"the run diverged: {reason}. Try a lower --lr than {self.options.lr:g}, or "
+            f"--set precision=fp32; {saved}"
+        )
 
     def clip_gradients(self) -> float:
         """Clips the gradients; returns their norm before, not finite if any of them is not."""
@@ -293,13 +302,19 @@ class Trainer:
 
     def run_validation(self, log: MetricsLog) -> None:
         """Scores held-out data, saves the model if it is the best so far, and ends the run early if
-        it is past its best."""
+        it is past its best.
+
+        Raises:
+            HRMError: the score is not finite.
+        """
         assert self.validate is not None
         state, start = self.state, time.perf_counter()
         with run_eagerly(self.options):
             score = self.validate(self.model)
         self.last_validation_seconds = time.perf_counter() - start
         state.validation_seconds += self.last_validation_seconds
+        if not math.isfinite(score.bpb):
+            raise self.diverged(f"the held-out score is {score.bpb}")
         state.val_errors, state.val_bpb = score.errors, score.bpb
         exact_match = None if score.errors is None else 1 - score.errors
         log.add(state, val_bpb=score.bpb, val_exact_match=exact_match)
@@ -330,8 +345,14 @@ class Trainer:
         print0(f"sample: {' '.join(shown.split())}")
 
     def save(self, name: str, training: dict[str, Any] | None = None) -> None:
-        """Writes the checkpoint ``{stage}_{name}.pt``."""
+        """Writes the checkpoint ``{stage}_{name}.pt``.
+
+        Raises:
+            HRMError: a weight is not finite.
+        """
         state = self.state
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.diverged("its weights are not finite numbers")
         content = Checkpoint(
             self.model.config,
             self.model.state_dict(),
@@ -356,18 +377,27 @@ class Trainer:
         self.state_saved_at = time.perf_counter()
 
     def save_epoch(self) -> None:
-        """Writes an epoch checkpoint; in a timed run with short epochs only now and then."""
-        now = time.perf_counter()
+        """Writes an epoch checkpoint, if ``keep`` asks for it; in a timed run with short epochs
+        only now and then."""
+        now, keep = time.perf_counter(), self.options.keep
+        if not keep:
+            return
         if self.options.minutes is not None and now - self.epoch_saved_at < EPOCH_SECONDS:
             return
         self.epoch_saved_at = now
         self.save(f"epoch{self.state.epoch}")
-        self.folder.rotate_epochs(self.options.keep)
+        self.folder.rotate_epochs(keep)
 
     def finish(self, log: MetricsLog) -> None:
-        """Writes the last files of a run that is over or was stopped."""
+        """Writes the last files of a run that is over or was stopped.
+
+        Raises:
+            HRMError: the run diverged.
+        """
         if self.progress() >= 1:
             if self.validate is None:
+                if not math.isfinite(self.last_nll):
+                    raise self.diverged(f"the training loss is {self.last_nll}")
                 self.save("best")
             else:
                 self.run_validation(log)

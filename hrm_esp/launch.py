@@ -1,0 +1,23 @@
+"""What ``torchrun`` says about this process in the environment, without importing torch."""
+
+from __future__ import annotations
+
+import os
+
+NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set for each process
+
+
+def launched_rank() -> int:
+    """Returns the index of this process among those that were started together, else 0."""
+    return int(os.environ["RANK"]) if is_distributed() else 0
+
+
+def is_distributed() -> bool:
+    """Whether ``torchrun`` or the like started several processes. Some of its variables alone do
+    not mean that: clusters leave them in the environment."""
+    if any(name not in os.environ for name in NAMES):
+        return False
+    try:
+        return 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) > 1
+    except ValueError:
+        return False
