@@ -99,7 +99,7 @@ def shared_units(stream: np.ndarray, held_out: np.ndarray) -> set[bytes]:
     units = set(itertools.chain.from_iterable(stream_units(held_out[:MAX_COMPARED_BYTES])))
     units.discard(b"")
     missing = units.copy()
-    for found in stream_units(stream):
+    for found in stream_units(stream) if missing else ():
         missing.difference_update(found)
     return units - missing
 
