@@ -20,6 +20,15 @@ SEP_HELP = (
     "books); stanza: a blank line, line breaks are kept (verse, dialogue, code); file: the end of "
     "the file"
 )
+PROMPT_COL_HELP = (
+    "column of the prompts in a table: name, or number from 1 (default: found by its name, else "
+    "the first)"
+)
+TARGET_COL_HELP = (
+    "column of the targets: name, or number from 1 (default: found by its name, else the next)"
+)
+LM_HELP = "accept rows without a target as plain text, without a warning"
+ENCODING_HELP = "encoding of the text files, such as latin-1, cp1252 or utf-16"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 RECENT_ORDERS = (4, 6, 10)  # orders of the n-grams counted in the text just read
 
@@ -239,9 +248,7 @@ class TrainConfig:
         below=1,
         type=float,
     )
-    encoding: str = option(
-        "utf-8", "data", "encoding of the text files, such as latin-1, cp1252 or utf-16"
-    )
+    encoding: str = option("utf-8", "data", ENCODING_HELP, metavar="ENCODING")
     sample_prompt: str | None = option(
         None, "run", "show what the model writes after this prompt at each validation", flag=False,
         type=str,
@@ -305,12 +312,9 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """Options of finetuning."""
 
-    prompt_col: str | None = option(
-        None, "data", "column of the prompts: name in the header, or number from 1",
-        metavar="NAME", type=str,
-    )  # fmt: skip
-    target_col: str | None = option(None, "data", "column of the targets", metavar="NAME", type=str)
-    lm: bool = option(False, "data", "take rows without a target as plain text on purpose")
+    prompt_col: str | None = option(None, "data", PROMPT_COL_HELP, metavar="COLUMN", type=str)
+    target_col: str | None = option(None, "data", TARGET_COL_HELP, metavar="COLUMN", type=str)
+    lm: bool = option(False, "data", LM_HELP)
     batch_size: int = option(
         2, "training", "size of a batch of pairs per process, in units of max_len bytes", low=1
     )

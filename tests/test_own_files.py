@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +22,28 @@ VERSE = "Sube la luna\ndespacio,\n\nque nadie la vio subir\n  y nadie la vio baj
 ROWS = [("¿qué?", "eso"), ("el año; sí", "dos, tres"), ('dijo "no"', "uno\ndos")]
 
 
-def text_case(
-    content: bytes | str, read: str | None, said: str = "", name: str = "a.txt", **options: object
-) -> object:
-    """A text: its documents (``None`` if it is refused), and a part of what is said."""
+Case = tuple[bytes, Any, str, str, dict[str, Any]]
+
+
+def case(
+    content: bytes | str, expected: object, said: str = "", name: str = "", **options: object
+) -> Case:
+    """A file: what is read of it (``None`` if it is refused), and a part of what is said."""
     data = content.encode() if isinstance(content, str) else content
-    return data, read, said, name, options
+    return data, expected, said, name, options
+
+
+def read_and_said(
+    path: Path, data: bytes, read: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+) -> tuple[object, str]:
+    """What is read of a file (``None`` if it is refused), and what is said."""
+    path.write_bytes(data)
+    try:
+        found, error = read(path), ""
+    except HRMError as refused:
+        found, error = None, str(refused)
+        assert "\n" not in error
+    return found, capsys.readouterr().err + error
 
 
 GUTENBERG = (
@@ -34,89 +51,79 @@ GUTENBERG = (
     "Uno.\n\nDos.\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\nThis eBook is for anyone.\n"
 )
 TEXTS = {
-    "utf-8": text_case(SPANISH, SPANISH),
-    "utf-8 with a mark": text_case(b"\xef\xbb\xbf" + SPANISH.encode(), SPANISH),
-    "windows line endings": text_case(SPANISH.replace("\n", "\r\n"), SPANISH),
-    "old mac line endings": text_case(SPANISH.replace("\n", "\r"), SPANISH),
-    "no line break at the end": text_case(SPANISH.strip(), SPANISH),
-    "gz": text_case(gzip.compress(SPANISH.encode()), SPANISH, name="a.TXT.GZ"),
-    "utf-16 with a mark": text_case(SPANISH.encode("utf-16"), SPANISH, "UTF-16"),
-    "big-endian utf-16": text_case(b"\xfe\xff" + SPANISH.encode("utf-16-be"), SPANISH, "UTF-16"),
-    "utf-16 without a mark": text_case(SPANISH.encode("utf-16-le"), None, "--encoding utf-16-le"),
-    "utf-16 without a mark, named": text_case(
+    "utf-8": case(SPANISH, SPANISH),
+    "utf-8 with a mark": case(b"\xef\xbb\xbf" + SPANISH.encode(), SPANISH),
+    "windows line endings": case(SPANISH.replace("\n", "\r\n"), SPANISH),
+    "old mac line endings": case(SPANISH.replace("\n", "\r"), SPANISH),
+    "no line break at the end": case(SPANISH.strip(), SPANISH),
+    "gz": case(gzip.compress(SPANISH.encode()), SPANISH, name="a.TXT.GZ"),
+    "utf-16 with a mark": case(SPANISH.encode("utf-16"), SPANISH, "UTF-16"),
+    "big-endian utf-16": case(b"\xfe\xff" + SPANISH.encode("utf-16-be"), SPANISH, "UTF-16"),
+    "utf-16 without a mark": case(SPANISH.encode("utf-16-le"), None, "--encoding utf-16-le"),
+    "utf-16 without a mark, named": case(
         SPANISH.encode("utf-16-le"), SPANISH, encoding="utf-16-le"
     ),
-    "latin-1": text_case(SPANISH.encode("latin-1"), SPANISH, "--encoding latin-1"),
-    "cp1252": text_case(CURLY.encode("cp1252"), CURLY, "--encoding cp1252"),
-    "cp1252, named": text_case(CURLY.encode("cp1252"), CURLY, encoding="cp1252"),
-    "an old mac's": text_case(SPANISH.encode("mac_roman"), SPANISH, "mac_roman"),
-    "dos": text_case("La niña preguntó.\n".encode("cp850"), "La niña preguntó.\n", "cp850"),
-    "a line of latin-1": text_case(
+    "latin-1": case(SPANISH.encode("latin-1"), SPANISH, "--encoding latin-1"),
+    "cp1252": case(CURLY.encode("cp1252"), CURLY, "--encoding cp1252"),
+    "cp1252, named": case(CURLY.encode("cp1252"), CURLY, encoding="cp1252"),
+    "an old mac's": case(SPANISH.encode("mac_roman"), SPANISH, "mac_roman"),
+    "dos": case("La niña preguntó.\n".encode("cp850"), "La niña preguntó.\n", "cp850"),
+    "a line of latin-1": case(
         (SPANISH * 9).encode() + b"ca\xf1a\n", SPANISH * 9 + "caa\n", "try --encoding latin-1"
     ),
-    "a mark against the flag": text_case(
+    "a mark against the flag": case(
         b"\xef\xbb\xbf" + SPANISH.encode(), SPANISH, "as its byte order mark", encoding="latin-1"
     ),
-    "files joined with their marks": text_case("uno\n\ufeffdos\n", "uno\ndos\n"),
-    "a stray byte": text_case(
+    "files joined with their marks": case("uno\n\ufeffdos\n", "uno\ndos\n"),
+    "a stray byte": case(
         b"a\xff" + TEXT.encode() * 3, "a" + TEXT * 3 + "\n", "skipped 1 bytes"
     ),
-    "utf-8 saved twice": text_case(
+    "utf-8 saved twice": case(
         SPANISH.encode().decode("latin-1"), SPANISH.encode().decode("latin-1"), "iconv"
     ),
-    "utf-8 read as latin-1": text_case(
+    "utf-8 read as latin-1": case(
         SPANISH, SPANISH.encode().decode("latin-1"), "leave out --encoding latin-1",
         encoding="latin-1",
     ),
-    "a nul": text_case(
+    "a nul": case(
         "uno\ndos\0\n" + SPANISH, "uno\ndos\n" + SPANISH, "1 NUL bytes, the first in line 2"
     ),
-    "binary": text_case(bytes(range(16)) * 40, None, "is not text"),
-    "nothing": text_case("\n \n", None, "no text"),
-    "licence": text_case(GUTENBERG, "Uno.\nDos.\n", "cut 6 lines"),
-    "licence, kept": text_case(GUTENBERG, "".join(
+    "binary": case(bytes(range(16)) * 40, None, "is not text"),
+    "nothing": case("\n \n", None, "no text"),
+    "licence": case(GUTENBERG, "Uno.\nDos.\n", "cut 6 lines"),
+    "licence, kept": case(GUTENBERG, "".join(
         line + "\n" for line in GUTENBERG.split("\n") if line), keep_licence=True),
-    "the end of a licence alone": text_case(
+    "the end of a licence alone": case(
         "Uno.\n*** END OF THIS PROJECT GUTENBERG EBOOK\nx\n", "Uno.\n", "cut 2"
     ),
-    "stars of a text": text_case("Uno\n*** END OF THE FIRST PART ***\nx\n",
+    "stars of a text": case("Uno\n*** END OF THE FIRST PART ***\nx\n",
                                  "Uno\n*** END OF THE FIRST PART ***\nx\n"),
-    "wrapped lines": text_case("uno\ndos\n\ntres\n", "uno dos\ntres\n", sep="blank"),
-    "stanzas": text_case(
+    "wrapped lines": case("uno\ndos\n\ntres\n", "uno dos\ntres\n", sep="blank"),
+    "stanzas": case(
         VERSE, "Sube la luna\rdespacio,\nque nadie la vio subir\r  y nadie la vio bajar.\n",
         sep="stanza",
     ),
-    "a poem a file": text_case(
+    "a poem a file": case(
         "\n" + VERSE, VERSE.strip("\n").replace("\n", "\r") + "\n", sep="file"
     ),
-    "word": text_case(b"PK\3\4", None, "-t plain --wrap=none -o a.txt", name="a.docx"),
-    "pdf": text_case(b"%PDF-1.4", None, "a.pdf a.txt, then --sep blank", name="a.pdf"),
-    "a page": text_case("<p>hola</p>", None, "a.HTML -t plain --wrap=none", name="a.HTML"),
-    "a spreadsheet": text_case(b"PK\3\4", None, "CSV", name="a.xlsx"),
+    "word": case(b"PK\3\4", None, "-t plain --wrap=none -o a.txt", name="a.docx"),
+    "pdf": case(b"%PDF-1.4", None, "a.pdf a.txt, then --sep blank", name="a.pdf"),
+    "a page": case("<p>hola</p>", None, "a.HTML -t plain --wrap=none", name="a.HTML"),
+    "a spreadsheet": case(b"PK\3\4", None, "CSV", name="a.xlsx"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "read", "said", "name", "options"), TEXTS.values(), ids=TEXTS)
-def test_a_text(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    data: bytes,
-    read: str | None,
-    said: str,
-    name: str,
-    options: dict[str, object],
-) -> None:
-    (tmp_path / name).write_bytes(data)
-    error = ""
-    try:
-        found = load_stream([tmp_path / name], **options).tobytes().decode()
-        assert found == read
-    except HRMError as refused:
-        assert read is None
-        error = str(refused)
-    shown = capsys.readouterr().err + error
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: Case) -> None:
+    data, expected, said, name, options = text
+
+    def read(path: Path) -> str:
+        return load_stream([path], **options).tobytes().decode()
+
+    found, shown = read_and_said(tmp_path / (name or "a.txt"), data, read, capsys)
+    assert found == expected
     assert said in shown and shown.count("\n") <= 1
-    if read is not None and not said:
+    if expected is not None and not said:
         assert not shown
 
 
@@ -126,17 +133,6 @@ def csv_bytes(rows: list[tuple[str, str]], encoding: str = "utf-8", **options: o
     return file.getvalue().encode(encoding)
 
 
-def table_case(
-    content: bytes | str,
-    rows: list[tuple[str, str]] | None,
-    said: str = "",
-    name: str = "a.csv",
-    **options: object,
-) -> object:
-    data = content.encode() if isinstance(content, str) else content
-    return data, rows, said, name, options
-
-
 def jsonl(*names: str) -> str:
     return "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in ROWS)
 
@@ -144,134 +140,124 @@ def jsonl(*names: str) -> str:
 HEADER = [("pregunta", "respuesta")]
 SENTENCES = [(f"una frase {i}", f"otra frase {i}") for i in range(9)]
 TABLES = {
-    "tsv": table_case("uno\t1\n\ndos\t2\n", [("uno", "1"), ("dos", "2")], "tab", "a.tsv"),
-    "tsv in capitals": table_case("uno\t1\n", [("uno", "1")], "tab", "A.TSV"),
-    "tsv with quotes of its own": table_case(
+    "tsv": case("uno\t1\n\ndos\t2\n", [("uno", "1"), ("dos", "2")], "tab", "a.tsv"),
+    "tsv in capitals": case("uno\t1\n", [("uno", "1")], "tab", "A.TSV"),
+    "tsv with quotes of its own": case(
         '"Sí", dijo.\t"No".\n"x\ty\n', [('"Sí", dijo.', '"No".'), ('"x', "y")], "tab", "a.tsv"
     ),
-    "excel-tab": table_case(csv_bytes(ROWS, dialect="excel-tab"), ROWS, "tab", "a.tsv"),
-    "quotes that are not a spreadsheet's": table_case(
+    "excel-tab": case(csv_bytes(ROWS, dialect="excel-tab"), ROWS, "tab", "a.tsv"),
+    "quotes that are not a spreadsheet's": case(
         'a\tb\n"c\td\ne\tf "\n', [("a", "b"), ('"c', "d"), ("e", 'f "')], "tab", "a.tsv"
     ),
-    "excel-tab, all quoted": table_case(
+    "excel-tab, all quoted": case(
         '"a"\t"b"\n"c"\t"d"\n', [("a", "b"), ("c", "d")], "quotes around cells removed", "a.tsv"
     ),
-    "excel with its separator": table_case("sep=;\npregunta;respuesta\na, b;c\n", [("a, b", "c")]),
-    "a row of latin-1 in utf-8": table_case(
+    "excel with its separator": case("sep=;\npregunta;respuesta\na, b;c\n", [("a, b", "c")]),
+    "a row of latin-1 in utf-8": case(
         "año;niño\n".encode() * 9 + b"a\xf1o;y\n", [("año", "niño")] * 9 + [("ao", "y")],
         "skipped 1",
     ),
-    "more cells than the header": table_case(
+    "more cells than the header": case(
         "prompt,target\nhola, que tal,bien\n", [("hola", " que tal")],
         "warning: ",
     ),
-    "further tabs under a header": table_case(
+    "further tabs under a header": case(
         "prompt\ttarget\nhola\tuno\tdos\n", [("hola", "uno\tdos")], "further tabs", "a.tsv"
     ),
-    "one column with commas": table_case(
+    "one column with commas": case(
         "Frase mal escrita\nhola, que\nbien\n",
         [("Frase mal escrita", ""), ("hola, que", ""), ("bien", "")], "one column",
     ),
-    "one column with quotes": table_case(
+    "one column with quotes": case(
         'Frase\n"dijo ""no"", y\nse fue"\nbien\n',
         [("Frase", ""), ('dijo "no", y\nse fue', ""), ("bien", "")], "one column",
     ),
-    "one column, named": table_case("a\nx, y\n", [("x, y", "")], "one column", prompt_col="a"),
-    "a teacher's header": table_case(
+    "one column, named": case("a\nx, y\n", [("x, y", "")], "one column", prompt_col="a"),
+    "a teacher's header": case(
         "Frase mal escrita;Frase corregida;Curso\nhola;Hola;1\n", [("hola", "Hola")],
         "not read: Curso",
     ),
-    "one known name": table_case("texto,resumen\nuno,dos\n", [("uno", "dos")], "target: resumen"),
-    "three columns, unknown": table_case("uno;dos;tres\n", [("uno", "dos")], "warning: "),
-    "the same column twice": table_case("a;b\n", None, "the same", prompt_col="1", target_col="1"),
-    "instructions": table_case(
+    "one known name": case("texto,resumen\nuno,dos\n", [("uno", "dos")], "target: resumen"),
+    "three columns, unknown": case("uno;dos;tres\n", [("uno", "dos")], "warning: "),
+    "the same column twice": case("a;b\n", None, "the same", prompt_col="1", target_col="1"),
+    "instructions": case(
         '{"instruction": "a", "input": "", "output": "b"}\n', [("a", "b")], "not read: input",
         "a.jsonl",
     ),
-    "half a character in json": table_case(
+    "half a character in json": case(
         '{"prompt": "a\\ud800", "target": "b\\u0000"}\n', [("a", "b")], "JSON", "a.jsonl"
     ),
-    "deep json": table_case('{"prompt": ' + "[" * 10**5, None, "line 1 is not JSON", "a.jsonl"),
-    "a backslash and an n": table_case(r"a;\\nu", [("a", r"\nu")], "semicolon"),
-    "excel": table_case(csv_bytes(ROWS, dialect="excel"), ROWS, "comma"),
-    "spanish excel": table_case(
+    "deep json": case('{"prompt": ' + "[" * 10**5, None, "line 1 is not JSON", "a.jsonl"),
+    "a backslash and an n": case(r"a;\\nu", [("a", r"\nu")], "semicolon"),
+    "excel": case(csv_bytes(ROWS, dialect="excel"), ROWS, "comma"),
+    "spanish excel": case(
         csv_bytes(HEADER + ROWS, "cp1252", delimiter=";"), ROWS, "semicolon; latin-1"
     ),
-    "spanish excel with curly quotes": table_case(
+    "spanish excel with curly quotes": case(
         csv_bytes([("“sí”", "año")], "cp1252", delimiter=";"), [("“sí”", "año")], "cp1252"
     ),
-    "excel's utf-8": table_case(
-        b"\xef\xbb\xbf" + csv_bytes(ROWS, delimiter=";"), ROWS, "semicolon"
+    "excel's utf-8": case(
+        b"\xef\xbb\xbf" + csv_bytes(ROWS, delimiter=";"), ROWS, "semicolon; prompt"
     ),
-    "excel's unicode text": table_case(
-        csv_bytes(ROWS, "utf-16", dialect="excel-tab"), ROWS, "UTF-16", "a.txt"
+    "excel's unicode text": case(
+        csv_bytes(ROWS, "utf-16", dialect="excel-tab"), ROWS, "tab; utf-16", "a.txt"
     ),
-    "all quoted": table_case(csv_bytes(ROWS, quoting=csv.QUOTE_ALL), ROWS, "comma"),
-    "gz": table_case(gzip.compress(csv_bytes(ROWS)), ROWS, "comma", "a.csv.gz"),
-    "a header": table_case(csv_bytes(HEADER + ROWS), ROWS, "prompt: pregunta; target: respuesta"),
-    "a header of other names": table_case(
+    "all quoted": case(csv_bytes(ROWS, quoting=csv.QUOTE_ALL), ROWS, "comma"),
+    "gz": case(gzip.compress(csv_bytes(ROWS)), ROWS, "comma", "a.csv.gz"),
+    "a header": case(csv_bytes(HEADER + ROWS), ROWS, "prompt: pregunta; target: respuesta"),
+    "a header of other names": case(
         csv_bytes([("frase", "versión"), *SENTENCES]), SENTENCES, "prompt: frase; target: versión"
     ),
-    "no header": table_case("gato;cat\nperro;dog\n", [("gato", "cat"), ("perro", "dog")],
+    "no header": case("gato;cat\nperro;dog\n", [("gato", "cat"), ("perro", "dog")],
                             "no header, first row: gato -> cat"),
-    "columns by name": table_case(
+    "columns by name": case(
         "id,b,a\n1,x,y\n", [("y", "x")], "not read: id", prompt_col="a", target_col="B"
     ),
-    "columns by number": table_case("1,x,y\n", [("y", "x")], prompt_col="3", target_col="2"),
-    "a column that is not there": table_case("a;b\nx;y\n", None, "are a, b", prompt_col="c"),
-    "jsonl": table_case(jsonl("prompt", "completion"), ROWS, "JSON", "a.jsonl"),
-    "jsonl of questions": table_case(jsonl("question", "answer"), ROWS, "JSON", "a.JSONL"),
-    "jsonl of text": table_case('{"text": "uno"}\n', [("uno", "")], "no target", "a.jsonl"),
-    "jsonl of other keys": table_case(jsonl("x", "y"), None, "Its keys are x, y", "a.jsonl"),
-    "jsonl of other keys, named": table_case(
+    "columns by number": case("1,x,y\n", [("y", "x")], prompt_col="3", target_col="2"),
+    "a column that is not there": case("a;b\nx;y\n", None, "are a, b", prompt_col="c"),
+    "jsonl": case(jsonl("prompt", "completion"), ROWS, "JSON", "a.jsonl"),
+    "jsonl of questions": case(jsonl("question", "answer"), ROWS, "JSON", "a.JSONL"),
+    "jsonl of text": case('{"text": "uno"}\n', [("uno", "")], "no target", "a.jsonl"),
+    "jsonl of other keys": case(jsonl("x", "y"), None, "Its keys are x, y", "a.jsonl"),
+    "jsonl of other keys, named": case(
         jsonl("y", "x"), ROWS, "JSON", "a.jsonl", prompt_col="y", target_col="x"
     ),
-    "bad json": table_case('{"prompt": "a"}\n{"prompt"\n', None, "line 2", "a.jsonl"),
-    "no object": table_case("[1]\n", None, "line 1", "a.jsonl"),
-    "an unclosed quote": table_case('a;b\nc;"d\ne;f\n', None, "line 2"),
-    "no second column": table_case("uno\ndos\n", [("uno", ""), ("dos", "")], "2 of 2 rows"),
-    "some without a target": table_case("a;b\nc;\nd;e\n", [("a", "b"), ("c", ""), ("d", "e")],
+    "bad json": case('{"prompt": "a"}\n{"prompt"\n', None, "line 2", "a.jsonl"),
+    "no object": case("[1]\n", None, "line 1", "a.jsonl"),
+    "an unclosed quote": case('a;b\nc;"d\ne;f\n', None, "line 2"),
+    "no second column": case("uno\ndos\n", [("uno", ""), ("dos", "")], "2 of 2 rows"),
+    "some without a target": case("a;b\nc;\nd;e\n", [("a", "b"), ("c", ""), ("d", "e")],
                                         "1 of 3 rows have no target"),
-    "on purpose": table_case("a;b\nc;\n", [("a", "b"), ("c", "")], "without target: 1", lm=True),
-    "duplicates": table_case("a;b\na;b\n", [("a", "b")] * 2, "duplicates: 1"),
-    "contradictions": table_case("a;b\na;c\n", [("a", "b"), ("a", "c")], "another target: 2"),
-    "commas without quotes": table_case(
+    "on purpose": case("a;b\nc;\n", [("a", "b"), ("c", "")], "without target: 1", lm=True),
+    "duplicates": case("a;b\na;b\n", [("a", "b")] * 2, "duplicates: 1"),
+    "contradictions": case("a;b\na;c\n", [("a", "b"), ("a", "c")], "another target: 2"),
+    "commas without quotes": case(
         "a,b\nc,d\ne,f,g\n", [("a", "b"), ("c", "d"), ("e", "f")], "another number of cells: 1"
     ),
-    "further tabs under a header of two": table_case(
+    "further tabs under a header of two": case(
         "prompt\ttarget\nhola\tuno\nsí\tuno\tdos\n", [("hola", "uno"), ("sí", "uno\tdos")],
         "part of the target: 1", "a.tsv",
     ),
-    "further tabs": table_case("a\tb\tc\n", [("a", "b\tc")], "further tabs", "a.tsv"),
-    "empty columns at the end": table_case("a\tb\t\t\n", [("a", "b")], "tab", "a.tsv"),
-    "escaped breaks": table_case(r"a;uno\ndos", [("a", "uno\ndos")], r"written as \n: 1"),
-    "a spreadsheet itself": table_case(b"PK\3\4", None, "export it as CSV", "a.ods"),
-    "nothing": table_case("\n", None, "no rows"),
-    "a header alone": table_case("prompt,target\n", None, "only a header"),
+    "further tabs": case("a\tb\tc\n", [("a", "b\tc")], "further tabs", "a.tsv"),
+    "empty columns at the end": case("a\tb\t\t\n", [("a", "b")], "tab", "a.tsv"),
+    "escaped breaks": case(r"a;uno\ndos", [("a", "uno\ndos")], r"written as \n: 1"),
+    "a spreadsheet itself": case(b"PK\3\4", None, "export it as CSV", "a.ods"),
+    "nothing": case("\n", None, "no rows"),
+    "a header alone": case("prompt,target\n", None, "only a header"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "rows", "said", "name", "options"), TABLES.values(), ids=TABLES)
-def test_a_table(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    data: bytes,
-    rows: list[tuple[str, str]] | None,
-    said: str,
-    name: str,
-    options: dict[str, object],
-) -> None:
-    (tmp_path / name).write_bytes(data)
-    error = ""
-    try:
-        pairs = dataset_tsv(tmp_path / name, **options).pairs
-        expected = [tuple(c.replace("\n", "\r").encode() for c in row) for row in rows or ()]
-        assert [(p.prompt, p.target if not p.lm else b"") for p in pairs] == expected
-    except HRMError as refused:
-        assert rows is None, refused
-        error = str(refused)
-        assert "\n" not in error
-    assert said in capsys.readouterr().err + error
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], table: Case) -> None:
+    data, rows, said, name, options = table
+
+    def read(path: Path) -> list[tuple[bytes, bytes]]:
+        pairs = dataset_tsv(path, **options).pairs
+        return [(p.prompt, b"" if p.lm else p.target) for p in pairs]
+
+    found, shown = read_and_said(tmp_path / (name or "a.csv"), data, read, capsys)
+    expected = rows and [tuple(c.replace("\n", "\r").encode() for c in row) for row in rows]
+    assert found == expected and said in shown
 
 
 def test_the_same_pairs_in_any_form_are_the_same_batches(tmp_path: Path) -> None:
@@ -375,15 +361,6 @@ def test_copies_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "g.txt").write_bytes((tmp_path / "a.txt").read_bytes())
     load_stream([tmp_path], sep="file")
     assert "an earlier one: 1, " in capsys.readouterr().err
-
-
-def test_held_out_text_in_the_training_text_is_said(run: Run, tmp_path: Path) -> None:
-    lines = [f"Esta es la línea número {i} de un libro cualquiera." for i in range(100)]
-    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "val.txt").write_text("\n".join([*lines[:25], *(x[::-1] for x in lines[25:])]))
-    args = ("pretrain", "corpus.txt", "--steps", "1", *SMALL, "--overwrite")
-    assert "25% of the held-out text" in run(*args, "--val", "val.txt").stderr
-    assert "of the held-out text" not in run(*args).stderr
 
 
 @pytest.mark.parametrize(
@@ -563,6 +540,14 @@ def test_plans_as_json(trained: Path, run: Run) -> None:
         assert f["code"] == int(np.argmax(f["probabilities"])) and len(f["vector"]) == 16
 
 
+def test_long_prompts_are_two_lines_at_most(trained: Path, run: Run) -> None:
+    long, args = "palabra " * 30, ("generate", "--prompts", "-", "--max_new_tokens", "1")
+    for n in range(4):
+        err = run(*args, input=f"{long}\nsol\n" * n + "mar\n", cwd=trained).stderr
+        assert err.count("only the first 64 bytes") == (n > 0) and err.count("\n") == min(n, 2)
+        assert n < 2 or f"{n} prompts" in err
+
+
 def test_prompts_in_utf16_from_standard_input(trained: Path, hrm_esp_command: list[str]) -> None:
     import subprocess
 
@@ -571,3 +556,31 @@ def test_prompts_in_utf16_from_standard_input(trained: Path, hrm_esp_command: li
         cwd=trained, input="niño\nseñor\n".encode("utf-16"), capture_output=True,
     )  # fmt: skip
     assert [json.loads(line)["prompt"] for line in out.stdout.splitlines()] == ["niño", "señor"]
+
+
+def test_blank_prompts_have_empty_answers(trained: Path, run: Run, tmp_path: Path) -> None:
+    """Lines and rows stay aligned, and the model is not run."""
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    args = ("generate", "--max_new_tokens", "3", "--mode", "answer", "--prompts")
+    (tmp_path / "a.txt").write_text("\nsol\n \t\n\nmar\n\n", encoding="utf-8")
+    out = run(*args, "a.txt")
+    assert [bool(line) for line in out.stdout.split("\n")[:-1]] == [0, 1, 0, 0, 1, 0], out
+    assert "4 blank prompts" in out.stderr and out.stderr.count("\n") == 1
+    assert run(*args, "-", input="\nsol\n \t\n\nmar\n\n").stdout == out.stdout
+    shown = run(*args, "a.txt", "--json", "--num_samples", "2", "--seed", "1").stdout.splitlines()
+    texts = [json.loads(line) for line in shown]
+    assert [t["prompt"] for t in texts] == [p for p in ("", "sol", "", "", "mar", "") for _ in "ab"]
+    assert all((t["finish_reason"] == "blank") == (not t["prompt"]) for t in texts)
+    (tmp_path / "q.csv").write_text("pregunta,x\nsol,1\n ,2\nmar,3\n", encoding="utf-8")
+    assert "1 blank prompts" in run(*args, "q.csv", "-o", "answers.csv").stderr
+    rows = read_table(tmp_path / "answers.csv").cells
+    assert [(r[:2], bool(r[2])) for r in rows] == [
+        (["sol", "1"], True), ([" ", "2"], False), (["mar", "3"], True),
+    ]  # fmt: skip
+
+
+def test_a_gzip_of_blank_prompts_ends_soon(trained: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\n" * 200_000))
+    out = run("generate", "--prompts", tmp_path / "a.txt.gz", cwd=trained)
+    assert out.returncode == 0 and out.stdout == "\n" * 200_000
+    assert "200,000 blank prompts" in out.stderr

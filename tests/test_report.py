@@ -39,7 +39,9 @@ def test_warnings_name_the_flag_that_helps() -> None:
     assert "--sep" in warned(BOOK.replace("\n\n", "\n"))
     assert "copies" in warned(TEXT + "\n" + TEXT)
     assert "--encoding" in warned("The quick brown fox jumps over the lazy dog.\n" * 9)
-    assert "--size" in warned(TEXT, 10**7)
+    assert {"tiny", "more"} < warned(TEXT, 10**7)  # too little for any size
+    assert {"tiny,", "or"} < warned(TEXT * 30, 10**7)
+    assert {"small,", "or"} < warned(TEXT * 200, 10**8)
     assert {"little", "more"} < warned(TEXT, 10**6) and "--size" not in warned(TEXT, 10**6)  # tiny
 
 

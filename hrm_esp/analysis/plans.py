@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from ..console import print0
 from ..data import (
-    document_text,
     encode_prompt,
     is_table,
     load_stream,
     pad,
     prompt_tokens,
     read_table,
+    stream_documents,
 )
-from ..data.corpus_files import CONVERSIONS, SUFFIXES
+from ..data.corpus_files import CONVERSIONS, TEXT_SUFFIXES
 from ..device import eval_mode
 from ..errors import HRMError
 from ..evaluation import perplexity
@@ -90,8 +90,7 @@ def read_texts(
             print0(table.describe())
             yield from table.prompts()
         elif is_file_name(argument):
-            for document in bytes(load_stream([argument], encoding, sep=sep)).split(b"\n")[:-1]:
-                yield document_text(document)
+            yield from stream_documents(load_stream([argument], encoding, sep=sep))
         else:
             yield argument
 
@@ -102,7 +101,7 @@ def is_file_name(argument: str) -> bool:
         exists = Path(argument).exists()
     except (OSError, ValueError):  # too long for a name
         return False
-    return exists or argument.lower().endswith((*SUFFIXES, *CONVERSIONS))
+    return exists or argument.lower().endswith((*TEXT_SUFFIXES, *CONVERSIONS))
 
 
 def as_dicts(plans: Plans) -> Iterator[dict[str, Any]]:

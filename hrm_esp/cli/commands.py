@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -141,9 +143,16 @@ def generate(args: argparse.Namespace) -> None:
         finally:
             print()
         return
-    completions = generate_batch(
-        model, prompts, config, num_samples=args.num_samples, batch_size=args.batch_size
-    )
+
+    def complete(prompts: Iterable[str]) -> Iterator[Completion]:
+        return generate_batch(
+            model, prompts, config, num_samples=args.num_samples, batch_size=args.batch_size
+        )
+
+    if args.prompts is None:
+        completions = complete(prompts)
+    else:
+        completions = with_blanks(prompts, complete, args.num_samples)
     if args.out is not None:
         write_completions(completions, table, args)
         return
@@ -177,13 +186,9 @@ def write_completions(
     from ..data import write_table
     from ..data.table import unique
 
-    n = 0
-
     def rows() -> Iterator[list[Any]]:
-        nonlocal n
-        for completion in completions:
-            cells = [completion.prompt] if table is None else table.cells[n // args.num_samples]
-            n += 1
+        for i, completion in enumerate(completions):
+            cells = [completion.prompt] if table is None else table.cells[i // args.num_samples]
             yield [*cells, *[None] * (width - len(cells)), completion.text]
 
     names = ["prompt"] if table is None else table.names
@@ -191,7 +196,7 @@ def write_completions(
     made_up = [f"column {i + 1}" for i in range(len(names), width)]
     separator = "," if table is None or table.separator not in (";", ",") else table.separator
     columns = unique([*names, *made_up, "answer"])
-    write_table(args.out, columns, rows(), separator, header=len(names) > 0)
+    n = write_table(args.out, columns, rows(), separator, header=len(names) > 0)
     print(f"{n:,} texts in {args.out}")
 
 
@@ -216,29 +221,74 @@ def clean_argument(argument: str) -> str:
 
 def read_prompts(path: str, encoding: str) -> Iterator[str]:
     """Yields the lines of a file, or of standard input as they come; blank ones too."""
-    from ..data.text import TextStats, read_lines, read_text
+    from ..data.text import TextStats, guess_and_read, read_lines
 
-    if Path(path).is_file():
-        text, found = read_text(path, encoding, 1.0)
-        if found != encoding:
-            print(f"warning: {path} is not UTF-8: read as {found}", file=STDERR)
-        yield from text.split("\n") if text else ()
-        return
+    def read(encoding: str, stats: TextStats) -> Iterator[str]:
+        for line in read_lines(path, encoding, stats):
+            stats.add(line)
+            yield line
+
     stats = TextStats()
-    for line in read_lines(path, encoding, stats):
-        stats.add(line)
-        yield line
-    stats.report(path, encoding)
+    if Path(path).is_file():  # it can be read twice
+        _, stats = guess_and_read(encoding, lambda *args: deque(read(*args), maxlen=0))
+        stats.report_guess(path)
+        stats.report(path)
+        yield from read_lines(path, stats.encoding, TextStats())
+    else:
+        yield from read(encoding, stats)
+        stats.report(path)
 
 
 def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
-    """Yields the prompts, with a warning for each that the model does not read to its end."""
+    """Yields the prompts. Warns at the first one that the model does not read to its end, and says
+    at the end how many there were."""
     from ..data import to_bytes
 
+    n_long = 0
     for prompt in prompts:
         if len(to_bytes(prompt)) > max_len:
-            print(f"warning: only the first {max_len} bytes of the prompt are read", file=STDERR)
+            n_long += 1
+            if n_long == 1:
+                line = f"warning: only the first {max_len} bytes of a prompt are read"
+                print(line, file=STDERR)
         yield prompt
+    if n_long > 1:
+        print(f"warning: {n_long:,} prompts are longer and were cut", file=STDERR)
+
+
+def with_blanks(
+    prompts: Iterable[str],
+    complete: Callable[[Iterable[str]], Iterator[Completion]],
+    num_samples: int,
+) -> Iterator[Completion]:
+    """Yields the completions of prompts in order; those of a blank one are empty, and the model is
+    not run for them. Says at the end how many were blank.
+
+    Args:
+        complete: yields ``num_samples`` completions of each prompt.
+    """
+    from ..generation import Completion
+
+    n_blank, runs = 0, deque([0])  # number of blank prompts before each other one, and at the end
+
+    def others() -> Iterator[str]:
+        for prompt in prompts:
+            if prompt.strip():
+                runs.append(0)
+                yield prompt
+            else:
+                runs[-1] += 1
+
+    blank = Completion("", "", [], "blank")
+    for i, completion in enumerate(complete(others())):
+        if i % num_samples == 0:
+            n_blank += runs[0]
+            yield from itertools.repeat(blank, runs.popleft() * num_samples)
+        yield completion
+    n_blank += runs[0]
+    yield from itertools.repeat(blank, runs[0] * num_samples)
+    if n_blank:
+        print(f"{n_blank:,} blank prompts: their answers are empty", file=STDERR)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -15,10 +15,14 @@ from typing import Any, NoReturn, TypeVar
 from .. import __version__
 from ..config import (
     DEFAULT_DIR,
+    ENCODING_HELP,
+    LM_HELP,
     PRECISIONS,
+    PROMPT_COL_HELP,
     SEP_HELP,
     SEPARATORS,
     SIZES,
+    TARGET_COL_HELP,
     FinetuneConfig,
     GenerationConfig,
     HRMConfig,
@@ -121,7 +125,9 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     )
     groups = {name: parser.add_argument_group(name) for name in TRAIN_GROUPS}
     groups["data"].add_argument(
-        "--val", metavar="FILE", help="held-out text (default: the end of the corpus)"
+        "--val",
+        metavar="PATH",
+        help="held-out text, a file or a folder; never trained on (default: the end of the corpus)",
     )
     groups["model"].add_argument(
         "--size",
@@ -149,7 +155,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     groups["model"].add_argument(
         "--ckpt",
         metavar="FILE",
-        help=f"checkpoint to start from (default: of the pretrain run in {DEFAULT_DIR})",
+        help=f"checkpoint to start from (default: best checkpoint of pretraining in {DEFAULT_DIR})",
     )
     groups["model"].add_argument(
         "--from_scratch", action="store_true", help="start from a new model of --size"
@@ -171,8 +177,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a prompt per line, or a table (.tsv, .csv, .jsonl); - is standard input",
     )
-    add("--prompt_col", metavar="NAME", help="column of the prompts in a table: name or number")
-    add("--encoding", default="utf-8", help="encoding of the --prompts file (default: utf-8)")
+    add("--prompt_col", metavar="COLUMN", help=PROMPT_COL_HELP)
+    _add_encoding(groups["input"])
     add("--num_samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
     add(
         "--json",
@@ -183,7 +189,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--out",
         metavar="FILE",
-        help="write a table here (.csv, .tsv, .jsonl): the prompts, and a column with the texts",
+        help="write a table here (.csv, .tsv, .jsonl): that of --prompts or the prompts, and the "
+        "texts in a column `answer`",
     )
     _add_ckpt(groups["input"])
     add_fields(groups, GenerationConfig)
@@ -199,16 +206,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_ckpt(parser)
     groups = {name: parser.add_argument_group(name) for name in ("data", "results", "run")}
     add = groups["data"].add_argument
-    add("--encoding", default="utf-8", help="encoding of the file (default: utf-8)")
+    _add_encoding(groups["data"])
     add(
         "--sep",
         choices=SEPARATORS,
         help=f"of a text: {SEP_HELP} (default: as in pretraining)",
     )
     add("--keep_licence", action="store_true", help="keep Project Gutenberg's licence in a text")
-    add("--prompt_col", metavar="NAME", help="column of the prompts: name or number from 1")
-    add("--target_col", metavar="NAME", help="column of the targets")
-    add("--lm", action="store_true", help="rows without a target are plain text on purpose")
+    add("--prompt_col", metavar="COLUMN", help=PROMPT_COL_HELP)
+    add("--target_col", metavar="COLUMN", help=TARGET_COL_HELP)
+    add("--lm", action="store_true", help=LM_HELP)
     add = groups["results"].add_argument
     add("--json", action="store_true", help="print a JSON object")
     add("--predictions", metavar="FILE", help="write prompt, target and answer of each row here")
@@ -224,18 +231,21 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", help="a text file, .gz too")
+    parser.add_argument("text", help="a text file, .gz too, or a folder")
     parser.add_argument("-o", "--out", metavar="FILE", help=".tsv (default: standard output)")
     parser.add_argument(
         "--max_bytes", type=int, default=300, metavar="N",
         help="leave out longer sentences (default: 300)",
     )  # fmt: skip
-    parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
+    _add_encoding(parser)
 
 
 def _add_plans(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "texts", nargs="+", metavar="TEXT", help="a text, a text file, or a table of prompts"
+        "texts",
+        nargs="+",
+        metavar="TEXT",
+        help="a text, a text file, a folder, or a table of prompts",
     )
     parser.add_argument(
         "--json",
@@ -243,7 +253,7 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
         help="a JSON object per text: text, code, probabilities of the codes, vector",
     )
     _add_ckpt(parser)
-    parser.add_argument("--encoding", default="utf-8", help="encoding of files (default: utf-8)")
+    _add_encoding(parser)
     parser.add_argument("-o", "--out", metavar="FILE", help="draw a map: .png, .svg or .pdf")
     _add_device(parser)
 
@@ -269,7 +279,16 @@ def _add_ckpt(parser: Any) -> None:
     parser.add_argument(
         "--ckpt",
         metavar="FILE",
-        help=f"checkpoint (default: the best of the newest run in {DEFAULT_DIR})",
+        help=f"checkpoint (default: best checkpoint of the newest run in {DEFAULT_DIR})",
+    )
+
+
+def _add_encoding(parser: Any) -> None:
+    parser.add_argument(
+        "--encoding",
+        metavar="ENCODING",
+        default="utf-8",
+        help=f"{ENCODING_HELP} (default: utf-8)",
     )
 
 

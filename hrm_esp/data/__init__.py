@@ -16,6 +16,7 @@ from .corruption import strip_accents as strip_accents
 from .finetuning import TSVDataset as TSVDataset
 from .finetuning import dataset_tsv as dataset_tsv
 from .finetuning import encode_prompt as encode_prompt
+from .finetuning import remove_pairs as remove_pairs
 from .finetuning import split_pairs as split_pairs
 from .pretraining import LMDataset as LMDataset
 from .pretraining import dataset_lm as dataset_lm
@@ -26,6 +27,7 @@ from .stream import as_inputs as as_inputs
 from .stream import as_targets as as_targets
 from .stream import load_stream as load_stream
 from .stream import split_stream as split_stream
+from .stream import stream_documents as stream_documents
 from .table import Table as Table
 from .table import check_table_name as check_table_name
 from .table import is_table as is_table

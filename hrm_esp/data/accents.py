@@ -7,17 +7,18 @@ from collections.abc import Iterator
 
 from ..files import PathLike
 from .corruption import strip_accents
-from .stream import load_stream
+from .stream import load_stream, stream_documents
 
 
 def sentences(path: PathLike, max_bytes: int = 300, encoding: str = "utf-8") -> Iterator[str]:
-    """Yields the sentences of a text file that have at most ``max_bytes`` bytes, in NFC.
+    """Yields the sentences of a text file, or of those in a folder, that have at most ``max_bytes``
+    bytes, in NFC.
 
     Raises:
-        HRMError: the file is missing, a folder, or not text.
+        HRMError: a file is missing or not text, or the folder holds none.
     """
-    for document in bytes(load_stream([path], encoding)).split(b"\n"):
-        line = re.sub(r"\s+", " ", document.decode().strip())
+    for document in stream_documents(load_stream([path], encoding)):
+        line = re.sub(r"\s+", " ", document.strip())
         for sentence in re.split(r"(?<=[.!?…]) ", line):
             if 0 < len(sentence.encode()) <= max_bytes:
                 yield sentence
@@ -29,7 +30,7 @@ def accent_pairs(
     """Yields for each sentence a prompt, without accents, and its target, the sentence.
 
     Raises:
-        HRMError: the file is missing, a folder, or not text.
+        HRMError: a file is missing or not text, or the folder holds none.
     """
     for sentence in sentences(path, max_bytes, encoding):
         yield strip_accents(sentence), sentence

@@ -36,7 +36,7 @@ COLUMN_WORDS = frozenset(
     corrected correction meaning definition translation spanish english french summary
     label""".split()
 ) | {name for pair in PAIR_NAMES for name in pair}
-MAX_WORDS = 0.05  # share of single words in a table whose header is of single words
+MAX_SINGLE_WORDS = 0.05  # share of cells of one word under a header of single words
 MAX_HEADER_WORDS = 4  # of a column's name
 
 
@@ -73,7 +73,7 @@ def has_header_row(first: Sequence[str], body: Sequence[Sequence[str]], prompts_
     n_single = sum(re.fullmatch(r"[^\W\d]+", cell) is not None for cell in cells)
     is_single = all(re.fullmatch(r"[^\W\d]+", name) for name in first)
     has_text = any(" " in cell for cell in cells)
-    return is_single and has_text and n_single <= MAX_WORDS * len(cells)
+    return is_single and has_text and n_single <= MAX_SINGLE_WORDS * len(cells)
 
 
 def choose_columns(

@@ -12,7 +12,7 @@ from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike
 
-SUFFIXES = (".txt", ".txt.gz")  # files that are read from a folder, in any case
+TEXT_SUFFIXES = (".txt", ".txt.gz")  # files that are read from a folder, in any case
 PANDOC = "pandoc {file} -t plain --wrap=none -o {stem}.txt"
 WORD_PROCESSOR = f"save it as plain text, or {PANDOC}"
 SPREADSHEET = "export it as CSV"
@@ -32,8 +32,8 @@ CONVERSIONS = {
     ".zip": "unpack it",
 }
 SKETCH_SIZE = 64  # hashes of documents that stand for a file
-MIN_SKETCH = 10  # files with fewer documents are copies only if all of them are equal, and
-MIN_BYTES = 200  # they are not shorter than this
+MIN_SKETCH = 10  # documents from which two files may be copies although some documents differ
+MIN_BYTES = 200  # from which two files with fewer documents, all of them equal, are copies
 MIN_COMMON = 0.8  # share of them that two copies of a text have in common
 
 
@@ -53,11 +53,11 @@ def text_files(paths: Sequence[PathLike]) -> list[Path]:
             inside = list(_walk(path, set(), skipped))
             if not inside:
                 found = f" ({_describe(skipped)})" if skipped else ""
-                raise HRMError(f"no {' or '.join(SUFFIXES)} file in the folder {path}{found}")
+                raise HRMError(f"no {' or '.join(TEXT_SUFFIXES)} file in the folder {path}{found}")
         else:
             if not path.exists():
                 raise HRMError(f"no such file: {path}")
-            check_is_text(path)
+            check_suffix(path)
             inside = [path]
         for file in inside:
             files.setdefault(file.resolve(), file)
@@ -66,8 +66,8 @@ def text_files(paths: Sequence[PathLike]) -> list[Path]:
     return list(files.values())
 
 
-def check_is_text(path: PathLike) -> None:
-    """Raises HRMError if the name of a file is that of a document which has to be converted."""
+def check_suffix(path: PathLike) -> None:
+    """Raises HRMError if a file has to be converted, to judge by its suffix alone."""
     suffix = Path(path).suffix.lower()
     if suffix in CONVERSIONS:
         advice = CONVERSIONS[suffix].format(file=path, stem=Path(path).stem)
@@ -85,10 +85,10 @@ def _walk(folder: Path, visited: set[Path], skipped: Counter[str]) -> Iterator[P
             skipped["hidden"] += 1
         elif path.is_dir():
             yield from _walk(path, visited, skipped)
-        elif path.name.lower().endswith(SUFFIXES) and path.is_file():
+        elif path.name.lower().endswith(TEXT_SUFFIXES) and path.is_file():
             yield path
         else:
-            skipped[path.suffix.lower() or "without ending"] += 1
+            skipped[path.suffix.lower() or "without extension"] += 1
 
 
 def _describe(skipped: Counter[str]) -> str:
@@ -144,7 +144,7 @@ class CopyFinder:
             one, other = self.copies[0]
             print0(
                 f"warning: files with the text of an earlier one: {len(self.copies):,}, such as "
-                f"{one} (as {other}): remove the copies"
+                f"{one} (the same text as {other}): remove the copies"
             )
 
     def _smallest(self) -> set[int]:

@@ -27,7 +27,7 @@ DOUBLE_ENCODED = re.compile(
 
 def is_utf8(encoding: str) -> bool:
     """Raises LookupError if there is no such encoding."""
-    return codecs.lookup(encoding).name == "utf-8"
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
 def marked_encoding(head: bytes) -> str | None:

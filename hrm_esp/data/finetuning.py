@@ -136,6 +136,17 @@ def split_pairs(
     n = round(len(distinct) * (VAL_FRACTION if fraction is None else fraction))
     if fraction is None:
         n = max(n, min(MIN_VAL_PAIRS, len(distinct) // 5))
-    held_out = set(distinct[:n])
-    rest = [pair for pair in pairs if pair not in held_out]
-    return TSVDataset(rest, data.max_len), TSVDataset(distinct[:n], data.max_len)
+    held_out = TSVDataset(distinct[:n], data.max_len)
+    return remove_pairs(TSVDataset(pairs, data.max_len), held_out), held_out
+
+
+def remove_pairs(data: TSVDataset, held_out: TSVDataset) -> TSVDataset:
+    """Returns the rows of ``data`` that are not held out. Spaces make no difference."""
+    scored = set(map(_without_spaces, held_out))
+    return TSVDataset([p for p in data if _without_spaces(p) not in scored], data.max_len)
+
+
+def _without_spaces(pair: Pair) -> Pair:
+    """Returns a pair with one space for each group of spaces, and none at its ends."""
+    prompt, target = (b" ".join(text.split()) for text in (pair.prompt, pair.target))
+    return Pair(prompt, target, pair.lm)

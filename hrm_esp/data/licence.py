@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Generator, Iterable
 
 HINTS = ("***", "*end*", "gutenberg")  # a cheap test before the regular expressions
 START = re.compile(
@@ -17,29 +16,24 @@ END = re.compile(
 MAX_HEADER_LINES = 1000  # lines before START that are held back until it comes
 
 
-class CutLines(Protocol):
-    """What counts the lines that are cut: `TextStats`."""
-
-    licence_lines: int
-
-
-def cut_licence(lines: Iterable[str], stats: CutLines) -> Iterator[str]:
+def cut_licence(lines: Iterable[str]) -> Generator[str, None, int]:
     """Yields the lines of a text without Project Gutenberg's licence: without what stands before
     ``*** START OF ...``, and from ``*** END OF ...`` to the end or to the next ``*** START``. Old
     files have other such lines.
 
-    Args:
-        stats: its ``licence_lines`` counts the lines that are cut.
+    Returns:
+        The number of lines that were cut.
     """
+    n_cut = 0
     held_back: list[str] | None = []  # lines that are part of the licence if START comes
     is_after_end = False
     for line in lines:
         is_marked = any(hint in line.lower() for hint in HINTS)
         if is_marked and START.search(line):
-            stats.licence_lines += 1 + len(held_back or ())
+            n_cut += 1 + len(held_back or ())
             held_back, is_after_end = None, False
         elif is_after_end or (is_marked and END.search(line)):
-            stats.licence_lines += 1
+            n_cut += 1
             yield from held_back or ()
             held_back, is_after_end = None, True
         elif held_back is None:
@@ -50,3 +44,4 @@ def cut_licence(lines: Iterable[str], stats: CutLines) -> Iterator[str]:
                 yield from held_back
                 held_back = None
     yield from held_back or ()
+    return n_cut

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .stream import BREAK, ByteStream
-from .text import LINE_BREAK
+from .held_out import CHUNK_BYTES, MIN_LINE_BYTES, split_breaks
+from .stream import DOCUMENT_END, ByteStream
 
-CHUNK_BYTES = 2**24  # read at once: a corpus may be larger than memory
 SAMPLE_BYTES = 2**22  # from all parts of the corpus, for statistics of words and lines
 MAX_COUNTED_LENGTH = 4096  # longer documents share one bin of the histogram
 SPANISH = re.compile(rb"\b(?:de|la|que|el|en|y|los|se)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(rb"[.!?:)'\"\xbb]\s*$|\xe2\x80[\xa6\x99\x9d]\s*$")  # ... and quotes, too
 MIN_COMMON_WORDS = 12  # in 1,000 bytes: Spanish prose has about 40, English 2
 MIN_BYTES_PER_WEIGHT = 1 / 20  # with less text the model overfits
-N_TINY_WEIGHTS = 1_500_000  # a model of size tiny has fewer
-MIN_LINE_BYTES = 20  # of a line that is compared with others
+SMALLER_SIZES = {"small": 7_700_000, "tiny": 1_400_000}  # at most so many weights, see --size
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,14 @@ class CorpusStats:
         if self.common_words < MIN_COMMON_WORDS:
             yield "this does not look like Spanish: check --encoding"
         if self.bytes < n_parameters * MIN_BYTES_PER_WEIGHT:
-            advice = (
-                "give --size tiny, or more text"
-                if n_parameters > N_TINY_WEIGHTS
-                else "give more text"
-            )
-            yield f"little text for {n_parameters:,} weights, which may memorize it: {advice}"
+            smaller = {s: n for s, n in SMALLER_SIZES.items() if n < n_parameters}
+            fitting = [s for s, n in smaller.items() if self.bytes >= n * MIN_BYTES_PER_WEIGHT]
+            advice = "more text"
+            if fitting:
+                advice = f"--size {fitting[0]}, or more text"
+            elif smaller:
+                advice = "--size tiny and more text"
+            yield f"little text for {n_parameters:,} weights, which may memorize it: give {advice}"
 
 
 def corpus_stats(stream: ByteStream) -> CorpusStats:
@@ -86,7 +86,7 @@ def corpus_stats(stream: ByteStream) -> CorpusStats:
     longest = since_break = 0
     for start in range(0, len(stream), CHUNK_BYTES):
         chunk = stream[start : start + CHUNK_BYTES]
-        (breaks,) = np.nonzero(chunk == BREAK)
+        (breaks,) = np.nonzero(chunk == DOCUMENT_END)
         lengths = np.diff(breaks, prepend=-1 - since_break) - 1
         since_break = len(chunk) - 1 - int(breaks[-1]) if len(breaks) else since_break + len(chunk)
         clipped = np.minimum(lengths, MAX_COUNTED_LENGTH)
@@ -134,11 +134,6 @@ def looks_like_verse(sample: bytes) -> bool:
     return lengths[len(lines) * 9 // 10] <= 70 and n_words >= 3 and n_ends < 0.6 * len(lines)
 
 
-def split_breaks(text: bytes) -> list[bytes]:
-    """Splits a part of a stream at the ends of documents and at line breaks inside them."""
-    return text.replace(LINE_BREAK.encode(), b"\n").split(b"\n")
-
-
 def repeated_share(sample: bytes) -> float:
     """Returns the share of a text in lines of MIN_LINE_BYTES or more that occurred before."""
     seen: set[bytes] = set()
@@ -148,16 +143,3 @@ def repeated_share(sample: bytes) -> float:
             n_repeated += len(line) * (line in seen)
             seen.add(line)
     return n_repeated / max(1, len(sample))
-
-
-def shared_lines(stream: ByteStream, held_out: ByteStream) -> float:
-    """Returns the share of a held-out text in lines of MIN_LINE_BYTES or more that a stream also
-    has; the whole stream is read."""
-    lines = [line for line in split_breaks(bytes(held_out)) if len(line) >= MIN_LINE_BYTES]
-    missing, remainder = set(lines), b""
-    for start in range(0, len(stream), CHUNK_BYTES):
-        *whole, remainder = split_breaks(remainder + bytes(stream[start : start + CHUNK_BYTES]))
-        missing.difference_update(whole)
-    missing.discard(remainder)
-    n_shared = sum(len(line) + 1 for line in lines if line not in missing)
-    return n_shared / max(1, len(held_out))

@@ -23,23 +23,23 @@ from .columns import choose_columns, has_header_row, known_pair
 from .encodings import is_utf8
 from .text import display_name, read_text
 
-SUFFIXES = (".tsv", ".csv", ".jsonl")
+TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl")
 SEPARATORS = ("\t", ";", ",")
-NAMES = {"\t": "tab", ";": "semicolon", ",": "comma"}
+SEPARATOR_NAMES = {"\t": "tab", ";": "semicolon", ",": "comma"}
 N_SNIFFED_ROWS = 1000  # rows that decide the separator
 MIN_SHARE = 0.5  # of them that a separator must split into the same number of cells
 MAX_SHOWN = 30  # characters of a cell
 
-csv.field_size_limit(2**31 - 1)
+csv.field_size_limit(2**31 - 1)  # a cell may be a whole text; the default is 128 KiB
 
 
 def is_table(path: PathLike) -> bool:
     """Whether the name of a file is that of a table."""
-    return table_suffix(path) in SUFFIXES
+    return table_suffix(path) in TABLE_SUFFIXES
 
 
 def table_suffix(path: PathLike) -> str:
-    """Returns the ending of a name in lower case, without ``.gz``."""
+    """Returns the extension of a name in lower case, without ``.gz``."""
     return Path(str(path).lower().removesuffix(".gz")).suffix
 
 
@@ -66,7 +66,7 @@ class Table:
     prompts_only: bool = False
     is_guess: bool = False
     escaped_breaks: int = 0
-    without_quotes: bool = False
+    quotes_removed: bool = False
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yields the prompt and the target of each row; either may be empty."""
@@ -81,7 +81,9 @@ class Table:
 
     def describe(self) -> str:
         """Returns one line that says what was understood; a warning if that may be wrong."""
-        parts = ["JSON" if not self.separator else f"separated by {NAMES[self.separator]}"]
+        parts = [
+            "JSON" if not self.separator else f"separated by {SEPARATOR_NAMES[self.separator]}"
+        ]
         if self.separator and self._n_columns() == 1:
             parts = ["one column"]
         if not is_utf8(self.encoding):
@@ -130,7 +132,7 @@ class Table:
                 "duplicates": len(rows) - len(counts),
                 "rows with the prompt of another row but another target": n_contradicting,
             }
-        odd = ["quotes around cells removed"] if self.without_quotes else []
+        odd = ["quotes around cells removed"] if self.quotes_removed else []
         odd += [f"{what}: {n:,}" for what, n in found.items() if n]
         n_expected = 1 if self.prompts_only else 2
         is_guess = self.is_guess and self._n_columns() > n_expected and not self.rest_is_target
@@ -159,7 +161,7 @@ def read_table(
     target_col: str | None = None,
     prompts_only: bool = False,
 ) -> Table:
-    """Reads a table: JSON Lines by the ending of its name, else cells between separators.
+    """Reads a table: JSON Lines by the extension of its name, else cells between separators.
 
     Args:
         path: the file; ``.gz`` is decompressed, ``-`` is standard input.
@@ -171,12 +173,12 @@ def read_table(
         HRMError: the file cannot be read, has an unclosed quote, bad JSON or no rows, or lacks a
             column.
     """
-    text, encoding = read_text(path, encoding)
+    text, stats = read_text(path, encoding)
     if table_suffix(path) == ".jsonl":
         separator, names, cells = "", *_read_json(path, text)
-        n_escaped, without_quotes = 0, False
+        n_escaped, quotes_removed = 0, False
     else:
-        separator, raw, without_quotes = _read_cells(path, text)
+        separator, raw, quotes_removed = _read_cells(path, text)
         n_escaped = sum(cell != unescape(cell) for row in raw for cell in row)
         cells = [list(map(unescape, row)) for row in raw]
         first = [cell.strip() for cell in cells[0]] if cells else []
@@ -195,7 +197,7 @@ def read_table(
     last = len(names) - 1 if names else 1
     return Table(
         path,
-        encoding,
+        stats.encoding,
         separator,
         names,
         cells,
@@ -205,7 +207,7 @@ def read_table(
         prompts_only=prompts_only,
         is_guess=is_guess,
         escaped_breaks=n_escaped,
-        without_quotes=without_quotes,
+        quotes_removed=quotes_removed,
     )
 
 
@@ -253,28 +255,29 @@ def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]], bool]:
     try:
         return best, list(_csv_rows(text, best, strict=True)), False
     except csv.Error as error:
-        number = _line_of_open_quote(text, best)
+        number, reason = error.args
         raise HRMError(
-            f"{path}: a quote that opens in line {number} is not closed as CSV wants it ({error}): "
+            f"{path}: a quote that opens in line {number} is not closed as CSV wants it "
+            f"({reason}): "
             'write a quote inside a cell twice, as in "dijo ""sí"""'
         ) from error
 
 
 def _csv_rows(text: str, separator: str, strict: bool) -> Iterator[list[str]]:
+    """Yields the rows that are not blank.
+
+    Raises:
+        csv.Error: a row cannot be read; with the number of its first line, and the reason.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict)
-    return (row for row in reader if any(cell.strip() for cell in row))
-
-
-def _line_of_open_quote(text: str, separator: str) -> int:
-    """Returns the line in which the row begins that the csv module cannot read."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     number = 1
     try:
-        for _ in reader:
+        for row in reader:
             number = reader.line_num + 1
-    except csv.Error:
-        pass
-    return number
+            if any(map(str.strip, row)):
+                yield row
+    except csv.Error as error:
+        raise csv.Error(number, str(error)) from error
 
 
 def _split_tabs(text: str) -> tuple[list[list[str]], bool]:
@@ -327,7 +330,7 @@ def shorten(text: str) -> str:
 
 def check_table_name(path: PathLike) -> None:
     """Raises HRMError if `write_table` cannot write a file of this name."""
-    if table_suffix(path) not in SUFFIXES or str(path).lower().endswith(".gz"):
+    if table_suffix(path) not in TABLE_SUFFIXES or str(path).lower().endswith(".gz"):
         raise HRMError(f"cannot write {path}: give a name that ends in .csv, .tsv or .jsonl")
     if not Path(path).parent.is_dir():
         raise HRMError(f"cannot write {path}: give a file in a folder that exists")
@@ -339,7 +342,7 @@ def write_table(
     rows: Iterable[Sequence[Any]],
     separator: str = ",",
     header: bool = True,
-) -> None:
+) -> int:
     """Writes a table row by row, so that nothing is lost if the program is stopped.
 
     Args:
@@ -349,6 +352,9 @@ def write_table(
         rows: the first one is taken before an existing file is overwritten.
         separator: of CSV.
         header: write the names in the first row of CSV and TSV.
+
+    Returns:
+        The number of rows.
     """
     suffix, rows = table_suffix(path), iter(rows)
     first = next(rows, None)
@@ -358,10 +364,13 @@ def write_table(
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
         if header and suffix != ".jsonl":
             writer.writerow(names)
+        n = 0
         for cells in itertools.chain([] if first is None else [first], rows):
+            n += 1
             if suffix == ".jsonl":
                 row = dict(zip(names, cells, strict=True))
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
                 writer.writerow([cell_text(cells, i) for i in range(len(cells))])
             file.flush()
+    return n

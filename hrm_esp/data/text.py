@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeVar, cast
 
 from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike
-from .corpus_files import check_is_text
+from .corpus_files import check_suffix
 from .encodings import (
     DOUBLE_ENCODED,
     guess_encoding,
@@ -29,11 +29,12 @@ from .encodings import (
 )
 from .licence import cut_licence
 
+Result = TypeVar("Result")
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # how "surrogateescape" decodes an invalid byte
 WARN_UNDECODABLE = 5e-4  # share of undecodable bytes from which a line becomes a warning
 MAX_UNDECODABLE = 0.2  # share from which the file is refused
 N_SNIFFED_BYTES = 4096  # at the beginning of a file
-N_KEPT_BYTES = 4096  # undecodable bytes that are kept, to guess the encoding
+N_SAMPLE_BYTES = 4096  # undecodable bytes from which the encoding is guessed
 # A line break inside a document. No text has this byte: it is read with universal newlines.
 LINE_BREAK = "\r"
 
@@ -41,9 +42,9 @@ LINE_BREAK = "\r"
 @dataclass
 class TextStats:
     """What was read: documents, their UTF-8 bytes and characters, the ``encoding`` in which Python
-    read it; and what is odd about it.
+    read it, and whether that was ``guessed``; and what is odd about it.
 
-    ``undecodable``: number of bytes that could not be decoded, ``kept`` the first of them.
+    ``undecodable``: number of bytes that could not be decoded; ``undecodable_sample``: the first.
     ``double_encoded``: places that look like UTF-8 read as Latin-1. ``nuls``: NUL characters, the
     first in ``nul_line``. ``licence_lines``: lines of Project Gutenberg's licence that were cut.
     """
@@ -52,8 +53,9 @@ class TextStats:
     bytes: int = 0
     characters: int = 0
     encoding: str = "utf-8"
+    guessed: bool = False
     undecodable: int = 0
-    kept: bytearray = field(default_factory=bytearray)
+    undecodable_sample: bytearray = field(default_factory=bytearray)
     double_encoded: int = 0
     nuls: int = 0
     nul_line: int = 0
@@ -75,8 +77,8 @@ class TextStats:
         line = line.removeprefix("\ufeff")  # a byte order mark inside files that were joined
         if bad := UNDECODABLE.findall(line):
             self.undecodable += len(bad)
-            if len(self.kept) < N_KEPT_BYTES:
-                self.kept += "".join(bad).encode("latin-1", "surrogateescape")
+            if len(self.undecodable_sample) < N_SAMPLE_BYTES:
+                self.undecodable_sample += "".join(bad).encode("latin-1", "surrogateescape")
             line = UNDECODABLE.sub("", line)
         if "Ã" in line or "Â" in line or "â" in line:
             self.double_encoded += len(DOUBLE_ENCODED.findall(line))
@@ -87,18 +89,27 @@ class TextStats:
         are not UTF-8 outnumber its letters with accents, and are Spanish in that encoding."""
         is_trace = self.undecodable <= WARN_UNDECODABLE * (self.bytes + self.undecodable)
         is_rare = self.undecodable <= self.bytes - self.characters
-        if is_trace or is_rare or not is_utf8(self.encoding):  # utf-8-sig is surely UTF-8
+        has_mark = self.encoding.endswith("-sig")  # it is surely UTF-8
+        if is_trace or is_rare or has_mark or not is_utf8(self.encoding):
             return None
-        return guess_encoding(bytes(self.kept))
+        return guess_encoding(bytes(self.undecodable_sample))
 
-    def report(self, name: PathLike, encoding: str, max_undecodable: float = 1.0) -> None:
+    def report_guess(self, name: PathLike) -> None:
+        """Prints a warning if the encoding was guessed."""
+        if self.guessed:
+            print0(
+                f"warning: {display_name(name)} is not UTF-8: read as {self.encoding} (as with "
+                f"--encoding {self.encoding})"
+            )
+
+    def report(self, name: PathLike, max_undecodable: float = 1.0) -> None:
         """Prints what is odd about a text that was read; more than a trace is a warning.
 
         Raises:
             HRMError: the share of undecodable bytes is more than ``max_undecodable``.
         """
-        name = display_name(name)
-        guess = guess_encoding(bytes(self.kept))
+        name, encoding = display_name(name), self.encoding.removesuffix("-sig")
+        guess = guess_encoding(bytes(self.undecodable_sample))
         advice = "check --encoding" if guess is None else f"try --encoding {guess}"
         share = self.undecodable / max(1, self.bytes + self.undecodable)
         if share > max_undecodable:
@@ -110,7 +121,7 @@ class TextStats:
         if self.nuls:
             print0(f"{name}: skipped {self.nuls:,} NUL bytes, the first in line {self.nul_line:,}")
         if self.double_encoded > WARN_UNDECODABLE * self.bytes:
-            if is_utf8(encoding):
+            if encoding.lower().startswith("utf"):
                 advice = f"repair it with iconv -f utf-8 -t cp1252 {name} > repaired.txt"
             else:
                 advice = f"leave out --encoding {encoding}"
@@ -118,7 +129,7 @@ class TextStats:
         if self.licence_lines:
             print0(
                 f"{name}: cut {self.licence_lines:,} lines of Project Gutenberg's licence "
-                "(--keep_licence keeps them)"
+                "(pretrain and evaluate keep them with --keep_licence)"
             )
 
 
@@ -177,7 +188,7 @@ def open_binary(path: PathLike) -> io.BufferedReader:
         if sys.stdin is None:
             raise HRMError("there is no standard input: give a file")
         return cast(io.BufferedReader, sys.stdin.buffer)
-    check_is_text(path)
+    check_suffix(path)
     if str(path).lower().endswith(".gz"):
         return cast(io.BufferedReader, gzip.open(path))
     return open(path, "rb")
@@ -230,30 +241,45 @@ def read_lines(
                 yield stats.clean(line.removesuffix("\n"), number)
 
 
-def read_text(
-    path: PathLike, encoding: str, max_undecodable: float = MAX_UNDECODABLE
-) -> tuple[str, str]:
+def guess_and_read(
+    encoding: str, read: Callable[[str, TextStats], Result]
+) -> tuple[Result, TextStats]:
+    """Reads a text, and again if `TextStats.true_encoding` names another encoding.
+
+    Args:
+        read: reads the whole text in an encoding, and counts in the statistics what is read.
+
+    Returns:
+        What ``read`` returned last, and the statistics of it.
+    """
+    stats = TextStats()
+    result = read(encoding, stats)
+    if true := stats.true_encoding():
+        stats = TextStats(guessed=True)
+        result = read(true, stats)
+    return result, stats
+
+
+def read_text(path: PathLike, encoding: str) -> tuple[str, TextStats]:
     """Reads a whole file that is small enough for memory, and guesses its encoding.
 
     Returns:
-        The text with its line breaks as LF, and the encoding it was read in: the given one, or
-        what `TextStats.true_encoding` says.
+        The text with its line breaks as LF, and its statistics.
 
     Raises:
-        HRMError: see `read_lines`; or a share of more than ``max_undecodable`` of the bytes cannot
-            be decoded.
+        HRMError: see `read_lines`; or more than MAX_UNDECODABLE of the bytes cannot be decoded.
     """
     with read_errors(path, encoding), open_binary(path) as file:
         data = file.read()
-    while True:
-        stats = TextStats()
+
+    def read(encoding: str, stats: TextStats) -> str:
         text = "\n".join(read_lines(path, encoding, stats, data))
         stats.add(text)
-        if (true := stats.true_encoding()) is None:
-            break
-        encoding = true
-    stats.report(path, encoding, max_undecodable)
-    return text, encoding
+        return text
+
+    text, stats = guess_and_read(encoding, read)
+    stats.report(path, MAX_UNDECODABLE)
+    return text, stats
 
 
 def split_lines(lines: Iterable[str]) -> Iterator[str]:
@@ -319,11 +345,13 @@ def load_documents(
         raise HRMError(f"sep must be one of {', '.join(SPLITTERS)}, not {sep!r}")
     stats = TextStats() if stats is None else stats
     lines = read_lines(path, encoding, stats)
-    if not keep_licence:
-        lines = cut_licence(lines, stats)
-    for document in SPLITTERS[sep](lines):
+    for document in SPLITTERS[sep](lines if keep_licence else _without_licence(lines, stats)):
         stats.add(document)
         yield document
+
+
+def _without_licence(lines: Iterable[str], stats: TextStats) -> Iterator[str]:
+    stats.licence_lines += yield from cut_licence(lines)
 
 
 def load_corpus_lines(

@@ -11,7 +11,7 @@ import torch
 
 from ..config import FinetuneConfig, HRMConfig
 from ..console import print0, progress_bar
-from ..data import TSVDataset, dataset_tsv, split_pairs
+from ..data import TSVDataset, dataset_tsv, remove_pairs, split_pairs
 from ..data.text import LINE_BREAK
 from ..device import choose_device, choose_precision
 from ..distributed import process_group
@@ -121,8 +121,7 @@ def load_pairs(
         data, held_out = split_pairs(data, options.val_fraction, options.seed)
     else:
         held_out = dataset_tsv(val, max_len, **reading)
-        scored = set(held_out.pairs)
-        data = TSVDataset([p for p in data if p not in scored], max_len)
+        data = remove_pairs(data, held_out)
         held_out, _ = split_pairs(held_out, 0.0, options.seed)  # shuffled
     if not len(data):
         raise HRMError("nothing is left to train on: give another --val or --set val_fraction")

@@ -14,7 +14,7 @@ from ..config import HRMConfig, PretrainConfig
 from ..console import print0, progress_bar
 from ..data import ByteStream, LMDataset, corpus_stats, load_stream, split_stream
 from ..data.corpus_files import text_files
-from ..data.report import shared_lines
+from ..data.held_out import remove_shared, shared_fraction, shared_units
 from ..device import choose_device, choose_precision
 from ..distributed import local_rank_zero_first, process_group
 from ..errors import HRMError
@@ -47,7 +47,8 @@ def train_lm(
     Args:
         corpus: text files or folders.
         config: of the model; ``options.denoise`` decides its ``cross_attention``.
-        val: a text file to score on; by default the tail of the corpus, ``options.val_fraction``.
+        val: text to score on, a file or a folder, which is left out of the corpus; by default the
+            tail of the corpus, ``options.val_fraction``.
 
     Raises:
         HRMError: bad data or options, a folder that holds a run, or what `Trainer.run` raises.
@@ -80,7 +81,6 @@ def train_lm(
         print0(f"held out: {len(held_out):,} bytes, {'the end of it' if val is None else val}")
         for line in stats.warnings(model.n_parameters(), options.sep):
             print0(f"warning: {line}")
-        warn_if_shared(stream, held_out)
         describe_run("pretrain", model, dtype)
 
         # Step 4: train.
@@ -108,19 +108,13 @@ def train_lm(
         return trainer.result(final_eval)
 
 
-def warn_if_shared(stream: ByteStream, held_out: ByteStream) -> None:
-    """Prints a warning if the training text has lines of the held-out text."""
-    if (share := shared_lines(stream, held_out)) >= MIN_SHARED:
-        print0(
-            f"warning: {share:.0%} of the held-out text is in lines that the training text also "
-            "has, so its score is too good: remove the copies"
-        )
-
-
 def load_corpus(
     corpus: PathLike | Sequence[PathLike], val: PathLike | None, options: PretrainConfig
 ) -> tuple[ByteStream, ByteStream]:
-    """Returns the training stream and the held-out stream.
+    """Returns the training stream and the held-out stream, which have no document in common.
+
+    Documents of ``val`` are left out of the training stream. Of the tail of the corpus those are
+    left out that the training stream has, too, unless little would be left to score.
 
     Raises:
         HRMError: a file cannot be read, or nothing is left to train on.
@@ -128,13 +122,28 @@ def load_corpus(
     paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
     token_file = Path(options.out_dir) / "corpus.tokens"
     reading = (options.sep, options.keep_licence)
-    held_out = None if val is None else load_stream([val], options.encoding, None, *reading)
-    files = [f for f in text_files(paths) if val is None or not f.samefile(val)]
-    if not files:
-        raise HRMError(f"{val} is all the text there is: give another --val, or none")
-    stream = load_stream(files, options.encoding, token_file, *reading)
-    if held_out is None:
+    if val is None:
+        stream = load_stream(paths, options.encoding, token_file, *reading)
         stream, held_out = split_stream(stream, options.val_fraction)
+        shared = shared_units(stream, held_out)
+        left, removed = remove_shared(held_out, shared)
+        if removed.n_documents and len(left) >= min(VAL_BYTES, len(held_out) / 2):
+            held_out = left
+            print0(f"left out of the held-out text: {removed} that are also in the training text")
+    else:
+        val_files = text_files([val])
+        held_out = load_stream(val_files, options.encoding, None, *reading)
+        scored = {file.resolve() for file in val_files}
+        files = [file for file in text_files(paths) if file.resolve() not in scored]
+        if not files:
+            raise HRMError(f"{val} is all the text there is: give another --val, or none")
+        stream = load_stream(files, options.encoding, token_file, *reading, held_out)
+        shared = shared_units(stream, held_out)
     if not len(stream):
         raise HRMError("nothing is left to train on: give a smaller --set val_fraction")
+    if (fraction := shared_fraction(held_out, shared)) >= MIN_SHARED:
+        print0(
+            f"warning: {fraction:.0%} of the held-out text is in lines that the training text also "
+            "has, so its score is too good: remove the copies, or give another --val"
+        )
     return stream, held_out
