@@ -272,10 +272,13 @@ class TrainConfig:
             raise HRMError(f"give one of --epochs, --steps and --minutes, not {len(given)}")
         if not given:
             object.__setattr__(self, "minutes", 10.0)
-        if self.keep is None:
-            object.__setattr__(self, "keep", 0 if self.epochs is None else 3)
         if self.resume and self.overwrite:
             raise HRMError("give --resume or --overwrite, not both")
+
+    @property
+    def n_kept_epochs(self) -> int:
+        """``keep`` with its default filled in."""
+        return (0 if self.epochs is None else 3) if self.keep is None else self.keep
 
 
 @dataclass(frozen=True)
@@ -423,6 +426,7 @@ class GenerationConfig:
         "run",
         "speculative decoding: bytes drafted per pass (same distribution, different samples per "
         "seed); 0 disables it",
+        flag=False,
         low=0,
     )
 

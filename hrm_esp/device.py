@@ -16,6 +16,7 @@ from .errors import HRMError
 
 LOAD_SECONDS = 1.0  # between two looks at what other processes do
 
+
 def choose_device(name: str | None = None, cpu: bool = False) -> torch.device:
     """Returns the named device, or the best available: CUDA, then MPS, then the CPU.
 

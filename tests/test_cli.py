@@ -237,7 +237,6 @@ BAD = {
     "empty stop": ("generate", "--ckpt", "good.pt", "--stop", ""),
     "no samples": ("generate", "--ckpt", "good.pt", "--num_samples", "0"),
     "batch of no texts": ("generate", "--ckpt", "good.pt", "--json", "--batch_size", "0"),
-    "negative draft": ("generate", "--ckpt", "good.pt", "--draft_len", "-1"),
     "prompt and prompts": ("generate", "--ckpt", "good.pt", "--prompt", "a", "--prompts", "-"),
     "missing prompts": ("generate", "--ckpt", "good.pt", "--prompts", "nowhere.txt"),
     "binary prompts": ("generate", "--ckpt", "good.pt", "--prompts", "binary.txt"),

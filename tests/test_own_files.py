@@ -558,29 +558,31 @@ def test_prompts_in_utf16_from_standard_input(trained: Path, hrm_esp_command: li
     assert [json.loads(line)["prompt"] for line in out.stdout.splitlines()] == ["niño", "señor"]
 
 
-def test_blank_prompts_have_empty_answers(trained: Path, run: Run, tmp_path: Path) -> None:
-    """Lines and rows stay aligned, and the model is not run."""
+def test_blank_prompts_are_skipped(trained: Path, run: Run, tmp_path: Path) -> None:
+    """In a table that is written they keep their row."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
-    args = ("generate", "--max_new_tokens", "3", "--mode", "answer", "--prompts")
-    (tmp_path / "a.txt").write_text("\nsol\n \t\n\nmar\n\n", encoding="utf-8")
-    out = run(*args, "a.txt")
-    assert [bool(line) for line in out.stdout.split("\n")[:-1]] == [0, 1, 0, 0, 1, 0], out
-    assert "4 blank prompts" in out.stderr and out.stderr.count("\n") == 1
-    assert run(*args, "-", input="\nsol\n \t\n\nmar\n\n").stdout == out.stdout
-    shown = run(*args, "a.txt", "--json", "--num_samples", "2", "--seed", "1").stdout.splitlines()
-    texts = [json.loads(line) for line in shown]
-    assert [t["prompt"] for t in texts] == [p for p in ("", "sol", "", "", "mar", "") for _ in "ab"]
-    assert all((t["finish_reason"] == "blank") == (not t["prompt"]) for t in texts)
-    (tmp_path / "q.csv").write_text("pregunta,x\nsol,1\n ,2\nmar,3\n", encoding="utf-8")
-    assert "1 blank prompts" in run(*args, "q.csv", "-o", "answers.csv").stderr
-    rows = read_table(tmp_path / "answers.csv").cells
-    assert [(r[:2], bool(r[2])) for r in rows] == [
-        (["sol", "1"], True), ([" ", "2"], False), (["mar", "3"], True),
-    ]  # fmt: skip
+    args = ("generate", "--max_new_tokens", "3", "--mode", "answer", "--seed", "1", "--prompts")
+    text = "\nsol\n \t\n\nmar\n\n"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    out = run(*args, "a.txt", "--json", "--num_samples", "2")
+    prompts = [json.loads(line)["prompt"] for line in out.stdout.splitlines()]
+    assert prompts == ["sol", "sol", "mar", "mar"]
+    assert "skipped 4 blank prompts" in out.stderr and out.stderr.count("\n") == 1
+    assert run(*args, "-", "--json", "--num_samples", "2", input=text).stdout == out.stdout
+    out = run(*args, "a.txt", "--json", "--keep_blank")
+    prompts = [json.loads(line)["prompt"] for line in out.stdout.splitlines()]
+    assert prompts == ["", "sol", " \t", "", "mar", ""] and not out.stderr
+    (tmp_path / "q.csv").write_text("pregunta,x\nsol,1\n ,2\nmar,3\n,4\n", encoding="utf-8")
+    for n in (1, 2):
+        written = (*args, "q.csv", "-o", "answers.csv", "--num_samples", n)
+        assert "skipped 2 blank prompts" in run(*written).stderr
+        rows = read_table(tmp_path / "answers.csv").cells
+        expected = [("1", True)] * n + [("2", False)] + [("3", True)] * n + [("4", False)]
+        assert [(row[1], bool(row[2])) for row in rows] == expected
 
 
 def test_a_gzip_of_blank_prompts_ends_soon(trained: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\n" * 200_000))
     out = run("generate", "--prompts", tmp_path / "a.txt.gz", cwd=trained)
-    assert out.returncode == 0 and out.stdout == "\n" * 200_000
-    assert "200,000 blank prompts" in out.stderr
+    assert out.returncode == 0 and not out.stdout
+    assert "skipped 200,000 blank prompts" in out.stderr

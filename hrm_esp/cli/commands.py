@@ -130,6 +130,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         table = read_prompt_table(args)
         prompts = read_prompts(args.prompts, args.encoding) if table is None else table.prompts()
+        prompts = prompts if args.keep_blank else without_blanks(prompts)
     if mode == "answer":
         prompts = warn_if_cut(prompts, model.config.max_len)
     if args.prompts is None and args.num_samples == 1 and not args.json and args.out is None:
@@ -143,16 +144,9 @@ def generate(args: argparse.Namespace) -> None:
         finally:
             print()
         return
-
-    def complete(prompts: Iterable[str]) -> Iterator[Completion]:
-        return generate_batch(
-            model, prompts, config, num_samples=args.num_samples, batch_size=args.batch_size
-        )
-
-    if args.prompts is None:
-        completions = complete(prompts)
-    else:
-        completions = with_blanks(prompts, complete, args.num_samples)
+    completions = generate_batch(
+        model, prompts, config, num_samples=args.num_samples, batch_size=args.batch_size
+    )
     if args.out is not None:
         write_completions(completions, table, args)
         return
@@ -182,14 +176,24 @@ def read_prompt_table(args: argparse.Namespace) -> Table | None:
 def write_completions(
     completions: Iterable[Completion], table: Table | None, args: argparse.Namespace
 ) -> None:
-    """Writes the rows of the table of --prompts, or the prompts, with a column of the texts."""
+    """Writes the rows of the table of --prompts, or the prompts, with a column of the texts. A row
+    whose prompt was skipped has an empty text."""
     from ..data import write_table
     from ..data.table import unique
 
     def rows() -> Iterator[list[Any]]:
-        for i, completion in enumerate(completions):
-            cells = [completion.prompt] if table is None else table.cells[i // args.num_samples]
-            yield [*cells, *[None] * (width - len(cells)), completion.text]
+        if table is None:
+            yield from ([completion.prompt, completion.text] for completion in completions)
+            return
+        found = iter(completions)
+        for cells, prompt in zip(table.cells, table.prompts(), strict=True):
+            cells = [*cells, *[None] * (width - len(cells))]
+            if prompt.strip() or args.keep_blank:
+                for completion in itertools.islice(found, args.num_samples):
+                    yield [*cells, completion.text]
+            else:
+                yield [*cells, ""]
+        deque(found, maxlen=0)  # it says at its end what was skipped
 
     names = ["prompt"] if table is None else table.names
     width = max(len(names), 1 if table is None else max(map(len, table.cells)))
@@ -256,39 +260,16 @@ def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
         print(f"warning: {n_long:,} prompts are longer and were cut", file=STDERR)
 
 
-def with_blanks(
-    prompts: Iterable[str],
-    complete: Callable[[Iterable[str]], Iterator[Completion]],
-    num_samples: int,
-) -> Iterator[Completion]:
-    """Yields the completions of prompts in order; those of a blank one are empty, and the model is
-    not run for them. Says at the end how many were blank.
-
-    Args:
-        complete: yields ``num_samples`` completions of each prompt.
-    """
-    from ..generation import Completion
-
-    n_blank, runs = 0, deque([0])  # number of blank prompts before each other one, and at the end
-
-    def others() -> Iterator[str]:
-        for prompt in prompts:
-            if prompt.strip():
-                runs.append(0)
-                yield prompt
-            else:
-                runs[-1] += 1
-
-    blank = Completion("", "", [], "blank")
-    for i, completion in enumerate(complete(others())):
-        if i % num_samples == 0:
-            n_blank += runs[0]
-            yield from itertools.repeat(blank, runs.popleft() * num_samples)
-        yield completion
-    n_blank += runs[0]
-    yield from itertools.repeat(blank, runs[0] * num_samples)
+def without_blanks(prompts: Iterable[str]) -> Iterator[str]:
+    """Yields the prompts that are not blank. Says at the end how many were."""
+    n_blank = 0
+    for prompt in prompts:
+        if prompt.strip():
+            yield prompt
+        else:
+            n_blank += 1
     if n_blank:
-        print(f"{n_blank:,} blank prompts: their answers are empty", file=STDERR)
+        print(f"skipped {n_blank:,} blank prompts (--keep_blank keeps them)", file=STDERR)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -179,6 +179,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompt_col", metavar="COLUMN", help=PROMPT_COL_HELP)
     _add_encoding(groups["input"])
+    add("--keep_blank", action="store_true", help="do not skip blank prompts of the --prompts file")
     add("--num_samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
     add(
         "--json",

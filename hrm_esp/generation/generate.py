@@ -39,8 +39,7 @@ class Completion:
     """A generated text.
 
     ``logprobs``: log-probabilities of its bytes and of its end, in nats, before any filter.
-    ``finish_reason``: ``stop`` (the text ended, or a stop sequence came) or ``length``; the command
-    has ``blank`` for a blank prompt.
+    ``finish_reason``: ``stop`` (the text ended, or a stop sequence came) or ``length``.
     """
 
     prompt: str

@@ -379,7 +379,7 @@ class Trainer:
     def save_epoch(self) -> None:
         """Writes an epoch checkpoint, if ``keep`` asks for it; in a timed run with short epochs
         only now and then."""
-        now, keep = time.perf_counter(), self.options.keep
+        now, keep = time.perf_counter(), self.options.n_kept_epochs
         if not keep:
             return
         if self.options.minutes is not None and now - self.epoch_saved_at < EPOCH_SECONDS:
