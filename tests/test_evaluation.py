@@ -1,19 +1,38 @@
 import math
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import CONFIG, PAIRS, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_esp.data import Pair, TSVDataset
-from hrm_esp.evaluation import edit_distance, evaluate, pair_bits, score_pairs, score_stream
+from hrm_esp.config import FinetuneConfig
+from hrm_esp.data import (
+    Pair,
+    TSVDataset,
+    dataset_tsv,
+    document_bytes,
+    document_text,
+    truncate_utf8,
+)
+from hrm_esp.evaluation import (
+    edit_distance,
+    evaluate,
+    pair_bits,
+    score_pairs,
+    score_stream,
+    score_targets,
+)
 from hrm_esp.evaluation.metrics import bootstrap_ratio, wilson_interval
+from hrm_esp.evaluation.scoring import Answer, answer_pairs, max_answer_len, score_answers
 from hrm_esp.generation import generate_batch, window_start
 from hrm_esp.model import HRMModel
 from hrm_esp.tokenizer import BOS, EOS
+from hrm_esp.training import load_model, train_ft
 
 TEXT = "Érase una vez un gato.\nEl gato dormía mucho; y soñaba.\nFin: el año acabó.\n"
 
@@ -92,6 +111,96 @@ def test_exact_match_counts_correct_answers() -> None:
     rows = [p for p in data.pairs if len(p.target) < 8] or data.pairs[-1:]
     score = score_pairs(model, TSVDataset(rows, 32))
     assert score.exact_match == pytest.approx((len(rows) - 1) / len(rows))
+
+
+def generated_answers(model: HRMModel, data: TSVDataset) -> list[Answer]:
+    """All answers are generated."""
+    pairs = [pair for pair in data if not pair.lm]
+    completions = generate_batch(
+        model, [document_text(p.prompt) for p in pairs], mode="answer", temperature=0,
+        precision="fp32", max_new_tokens=max(map(max_answer_len, pairs)) + 4, batch_size=64,
+    )  # fmt: skip
+    texts = [completion.text.encode() for completion in completions]
+    return [
+        Answer(pair, truncate_utf8(text, max_answer_len(pair)).decode())
+        for pair, text in zip(pairs, texts, strict=True)
+    ]
+
+
+def answering_model(seed: int, **kind: object) -> HRMModel:
+    """Gives many answers of about ``max_len`` bytes, which repeat what the prompt has, and have
+    characters of several bytes."""
+    model = random_model(seed, max_len=8, **kind)
+    with torch.no_grad():
+        model.executor.lm_head.weight[EOS] *= 4
+        model.executor.lm_head.weight[ord("a") : ord("d") + 1] *= 4
+        model.executor.lm_head.weight[0x80:0x100] *= 2
+    return model
+
+
+def answerable_pairs(model: HRMModel, prompts: list[str]) -> TSVDataset:
+    """Targets that are the model's answers, or nearly; some are cut to fill ``max_len``."""
+    max_len, pairs = model.config.max_len, []
+    for answer in generate_batch(
+        model, prompts, mode="answer", precision="fp32", max_new_tokens=max_len
+    ):
+        prompt, text = document_bytes(answer.prompt), answer.text
+        for target in (text, text[:-1], text[:-1] + "ñ"):
+            pairs.append(Pair(prompt, truncate_utf8(document_bytes(target), max_len)))
+    return TSVDataset([*pairs, Pair(b"abc", b"abc", lm=True), pairs[0]], max_len)
+
+
+def scored_as_generated(model: HRMModel, data: TSVDataset) -> tuple[int, int]:
+    """Checks all rows; returns how many are right, and how many of these fill ``max_len``."""
+    answers = generated_answers(model, data)
+    margins = [margin for *_, margin in score_targets(model, data)[[not pair.lm for pair in data]]]
+    right = [answer.text == document_text(answer.pair.target) for answer in answers]
+    assert [margin > 0 for margin in margins] == right
+    assert answer_pairs(model, data) == answers
+    assert score_pairs(model, data) == score_answers(answers, pair_bits(model, data))
+    full = [len(answer.pair.target) == data.max_len for answer in answers]
+    return sum(right), sum(r and f for r, f in zip(right, full, strict=True))
+
+
+KINDS = (
+    {"cross_attention": True},
+    {"cross_attention": True, "recent_len": 5},
+    {"gumbel": False, "count_max": 0, "positions": "learned"},
+)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_target_is_right_if_it_would_be_generated(kind: dict[str, object]) -> None:
+    """Also if the answer ends where ``max_len`` is full, and the window has moved."""
+    n_right = n_full = 0
+    for seed in range(3):
+        model = answering_model(seed, **kind)
+        prompts = ["ñandú", "", *("".join(letters) * 4 for letters in product("abcd", repeat=2))]
+        found = scored_as_generated(model, answerable_pairs(model, prompts))
+        n_right, n_full = n_right + found[0], n_full + found[1]
+    assert n_right > 10 and n_full > 0
+
+
+def test_a_trained_model_scores_as_it_answers(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
+    options = FinetuneConfig(steps=40, out_dir=str(tmp_path))
+    train_ft(tmp_path / "pairs.tsv", replace(CONFIG, cross_attention=True), options)
+    model = load_model(tmp_path / "finetune_best.pt")
+    data = dataset_tsv(tmp_path / "pairs.tsv", model.config.max_len)
+    n_right, _ = scored_as_generated(model, data)
+    assert 0 < n_right < len(data)
+
+
+def test_a_prompt_counts_as_generation_reads_it() -> None:
+    """Where the model does not know line breaks, generation makes spaces of them."""
+    knows_line_breaks, model = (
+        answering_model(0, cross_attention=True, line_breaks=known) for known in (True, False)
+    )
+    prompts = ["".join(p) for p in product("abcd", "\n", "abcd")]
+    data = answerable_pairs(knows_line_breaks, prompts)
+    answers = generated_answers(model, data)
+    assert answers != generated_answers(knows_line_breaks, data)
+    assert answer_pairs(model, data) == answers
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30))

@@ -570,7 +570,7 @@ def test_the_best_checkpoint_has_the_most_right_answers_or_is_the_last(
         options(tmp_path / "run", steps=32, patience=0),
         stage="pretrain",
         data_id="",
-        validate=lambda _: next(given),
+        validate=lambda *_: next(given),
     )
     run.run()
     assert load_checkpoint(run.folder.checkpoint("best")).step == step

@@ -8,3 +8,4 @@ from .scoring import evaluate as evaluate
 from .scoring import pair_bits as pair_bits
 from .scoring import score_pairs as score_pairs
 from .scoring import score_stream as score_stream
+from .scoring import score_targets as score_targets

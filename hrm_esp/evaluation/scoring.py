@@ -5,6 +5,7 @@ Shapes: B rows, N bytes of a stream, T = max_len.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from ..data import (
     as_targets,
     dataset_tsv,
     document_text,
+    encode_prompt,
     is_table,
     load_stream,
     truncate_utf8,
@@ -33,9 +35,14 @@ from ..device import autocast, choose_precision, eval_mode
 from ..errors import HRMError
 from ..files import PathLike
 from ..generation import generate_batch, window_start, window_stride
+from ..generation.decoder import Decoder
+from ..generation.sampling import UTF8_ALLOWED, UTF8_NEXT_STATE
 from ..model import HRMModel
-from ..tokenizer import BOS, PAD
+from ..tokenizer import BOS, EOS, PAD
 from .metrics import Interval, bootstrap_ratio, edit_distance, wilson_interval
+
+# nats; a decoder with caches rounds differently, so a smaller margin might have another sign there.
+MIN_MARGIN = 0.01
 
 Progress = Callable[[int], object]  # called with the number of bytes or rows just done
 
@@ -184,14 +191,81 @@ def pair_bits(
     return np.concatenate(rows)
 
 
+@torch.inference_mode()
+def score_targets(
+    model: HRMModel, data: TSVDataset, dtype: torch.dtype = torch.float32, batch_size: int = 8
+) -> np.ndarray:
+    """Scores each row's target without generating an answer: (len(data), 3), its bits, its number
+    of tokens with the end, and its margin.
+
+    The margin is that of the least certain token of the target: its log-probability minus that of
+    the most likely other token which greedy decoding may choose, in nats. If it is positive, the
+    greedy answer is the target, else it is not, but for rounding near zero.
+    """
+    scores: dict[Pair, tuple[float, int, float]] = {}
+    with eval_mode(model):
+        for pairs in data.groups(batch_size, np.arange(len(data))):
+            batch = data.collate(pairs).to(model.device)
+            with autocast(model.device, dtype):
+                plan, encoded = model.encode_prompt(batch.prompt_ids, batch.cross_attends)
+                log_probs = model.executor(batch.y_in, plan.plan, encoded, batch.preceding_ids)
+            rows = zip(pairs, log_probs.float().cpu().numpy(), batch.y_out.tolist(), strict=True)
+            for pair, row, padded in rows:
+                ids = [token for token in padded if token != PAD]
+                bits = -row[range(len(ids)), ids].sum(dtype=np.float64) / math.log(2)
+                margin = greedy_margin(row[: len(ids)], ids)
+                if ids[-1] != EOS and margin > 0 and not pair.lm:
+                    margin = min(margin, end_margin(model, data, pair))
+                scores[pair] = bits, len(ids), margin
+    return np.array([scores[pair] for pair in data]).reshape(-1, 3)
+
+
+def greedy_margin(log_probs: np.ndarray, ids: Sequence[int]) -> float:
+    """Returns the smallest margin of the tokens ``ids`` (T,), see `score_targets`.
+
+    Args:
+        log_probs: of all tokens at each position, (T, V).
+        ids: begin with a whole character, or the end.
+    """
+    states = itertools.accumulate(
+        ids[:-1], lambda state, token: int(UTF8_NEXT_STATE[state, token]), initial=0
+    )
+    others = np.where(UTF8_ALLOWED[list(states), -1], log_probs, -np.inf)
+    others[range(len(ids)), ids] = -np.inf
+    return float((log_probs[range(len(ids)), ids] - others.max(1)).min())
+
+
+def end_margin(model: HRMModel, data: TSVDataset, pair: Pair) -> float:
+    """Returns the margin of the end after a target that fills ``max_len``: the window that predicts
+    it is the next one."""
+    batch = data.collate([pair]).to(model.device)
+    plan, encoded = model.encode_prompt(batch.prompt_ids, batch.cross_attends)
+    sequences = [[BOS, *pair.target]]
+    decoder = Decoder(model, model.executor, plan.plan, sequences, encoded, [pair.prompt])
+    return greedy_margin(decoder.verify()[0, -1:], [EOS])
+
+
 def answer_pairs(
     model: HRMModel, data: TSVDataset, batch_size: int = 64, progress: Progress | None = None
 ) -> list[Answer]:
-    """Generates greedy answers to the rows with a target, in their order. An answer that is too
-    long to be right is cut. Always in float32: answers must not depend on the batch."""
-    indices = [i for i, p in enumerate(data) if not p.lm]
+    """Returns greedy answers to the rows with a target, in their order. An answer that is too long
+    to be right is cut. Always in float32: answers must not depend on the batch."""
+    # Step 1: find the rows whose answer is the target, which takes a single pass.
+    max_len, margins = model.config.max_len, score_targets(model, data)[:, 2]
+    answers, indices = {}, []
+    for i, pair in enumerate(data):
+        if pair.lm:
+            continue
+        # Generation makes a space of a line break that the model does not know.
+        prompt = encode_prompt(document_text(pair.prompt), max_len, model.config.line_breaks)
+        if prompt == pair.prompt and margins[i] > MIN_MARGIN:
+            answers[i] = Answer(pair, document_text(pair.target))
+        else:
+            indices.append(i)
+    if progress is not None:
+        progress(len(answers))
+    # Step 2: generate the other answers.
     indices.sort(key=lambda i: (len(data[i].target), len(data[i].prompt)))
-    answers: dict[int, Answer] = {}
     for begin in range(0, len(indices), batch_size):
         group = indices[begin : begin + batch_size]
         pairs = [data[i] for i in group]

@@ -16,7 +16,7 @@ from ..data.text import LINE_BREAK
 from ..device import choose_device, choose_precision
 from ..distributed import process_group
 from ..errors import HRMError
-from ..evaluation import PairScore, pair_bits, score_pairs
+from ..evaluation import PairScore, pair_bits, score_pairs, score_targets
 from ..evaluation.metrics import bootstrap_ratio
 from ..files import PathLike
 from ..model import HRMModel
@@ -25,7 +25,7 @@ from .early_stopping import Score
 from .run_folder import open_run
 from .trainer import Trainer, TrainResult, describe_run
 
-VAL_ROWS, FINAL_VAL_ROWS = 200, 1000  # scored at each validation, and at the end
+VAL_ROWS, FINAL_VAL_ROWS = 200, 1000  # scored at a validation, at most, and at the end
 READING = ("encoding", "prompt_col", "target_col", "lm")  # options of `dataset_tsv`
 PROBE_ROWS = 64  # pairs that tell how well a checkpoint predicts the targets
 # Reinitialize if the targets cost this many times the bits of held-out text. Short targets have
@@ -78,11 +78,12 @@ def train_ft(
             reinitialize_blocks(model)
 
         # Step 3: train.
-        def validate(model: HRMModel) -> Score:
-            rows = TSVDataset(held_out.pairs[:VAL_ROWS], held_out.max_len)
-            score = score_pairs(model, rows, dtype)
-            errors = None if score.exact_match is None else 1 - score.exact_match
-            return Score(errors, score.bits_per_byte, score.n)
+        def validate(model: HRMModel, size: float) -> Score:
+            rows = TSVDataset(held_out.pairs[: round(VAL_ROWS * size)], held_out.max_len)
+            bits, n_tokens, margins = score_targets(model, rows, dtype).T
+            is_wrong = margins[[not pair.lm for pair in rows]] <= 0
+            errors = float(is_wrong.mean()) if len(is_wrong) else None
+            return Score(errors, float(bits.sum() / n_tokens.sum()), len(is_wrong))
 
         def final_eval(model: HRMModel) -> PairScore:
             rows = TSVDataset(held_out.pairs[:FINAL_VAL_ROWS], held_out.max_len)

@@ -106,14 +106,15 @@ class Meter:
         train_bpb = self.nll / self.n_logged / math.log(2) if self.n_logged else None
         speed = (state.bytes_seen - self.bytes_before) / (now - self.since)
         codes = None if self.code_counts is None else perplexity(self.code_counts)
-        # Step 1: the bar, or a line.
-        scores = [] if train_bpb is None else [f"train {train_bpb:.3f}"]
-        scores += [] if state.val_bpb is None else [f"val {state.val_bpb:.3f}"]
-        text = (f"{' '.join(scores)} bits/byte, " if scores else "") + f"{speed:,.0f} B/s"
-        if state.val_errors is not None:
-            text += f", {1 - state.val_errors:.1%} right"
+        # Step 1: the bar, or a line. A validation score is shown with its age.
+        parts = [] if train_bpb is None else [f"train {train_bpb:.3f} bits/byte"]
+        if state.val_bpb is not None:
+            right = "" if state.val_errors is None else f", {1 - state.val_errors:.1%} right"
+            parts.append(f"val {state.val_bpb:.3f}{right} (at {state.val_progress:.0%})")
+        parts.append(f"{speed:,.0f} B/s")
         if codes is not None:
-            text += f", {codes:.1f} codes"
+            parts.append(f"{codes:.1f} codes")
+        text = ", ".join(parts)
         if self.on_terminal:
             self.bar.n = round(100 * progress, 1)
             self.bar.set_postfix_str(text)

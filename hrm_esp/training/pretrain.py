@@ -25,7 +25,7 @@ from .early_stopping import Score
 from .run_folder import open_run
 from .trainer import Trainer, TrainResult, describe_run
 
-VAL_BYTES = 16_384  # of the held-out text, scored at each validation
+VAL_BYTES = 16_384  # of the held-out text, scored at a validation, at most
 FINAL_VAL_BYTES = 1_000_000  # scored at the end
 MIN_SHARED = 0.01  # share of the held-out text in the training text from which a warning says so
 
@@ -84,8 +84,9 @@ def train_lm(
         describe_run("pretrain", model, dtype)
 
         # Step 4: train.
-        def validate(model: HRMModel) -> Score:
-            return Score(None, score_stream(model, held_out[:VAL_BYTES], dtype).bits_per_byte)
+        def validate(model: HRMModel, size: float) -> Score:
+            text = held_out[: round(VAL_BYTES * size)]
+            return Score(None, score_stream(model, text, dtype).bits_per_byte)
 
         def final_eval(model: HRMModel) -> TextScore:
             text = held_out[:FINAL_VAL_BYTES]

@@ -20,9 +20,11 @@ class RunState:
     bytes_seen: int = 0
     seconds: float = 0.0
     n_validations: int = 0  # that were due so far
-    validation_seconds: float = 0.0
+    validation_size: float | None = None  # part of the validation data that is scored
+    validation_seconds: float = 0.0  # that the last validation took
     val_bpb: float | None = None
     val_errors: float | None = None
+    val_progress: float = 0.0  # when they were measured, as a fraction of the run
     best_bpb: float | None = None
     best_errors: float | None = None
     bad_evals: int = 0  # validations worse than the best since the best

@@ -36,7 +36,7 @@ from ..generation import generate
 from ..model import HRMModel
 from .checkpoint import Checkpoint, load_checkpoint
 from .clock import RunningClock
-from .early_stopping import Score, is_best, is_worse
+from .early_stopping import is_best, is_worse
 from .loss import BatchSizes, LossModule, code_counts
 from .metrics_log import Meter, MetricsLog
 from .optim import Parameters, build_optimizers, set_learning_rate, set_sparse_tables
@@ -44,9 +44,8 @@ from .run_folder import RunFolder
 from .schedule import batch_shape, learning_rate
 from .signals import stop_signals
 from .state import RunState, StepStats
+from .validation import MAX_VALIDATION_SHARE, N_VALIDATIONS, Validate, validation_size
 
-N_VALIDATIONS = 8  # per run, evenly spaced
-VALIDATION_SHARE = 0.04  # maximum share of the time of a timed run, without the first validation
 EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 SAMPLE_LEN = 120  # bytes
@@ -71,7 +70,7 @@ class Trainer:
     Args:
         stage: ``pretrain`` or ``finetune``; file names begin with it.
         data_id: identifies the data: a run is only resumed with the same.
-        validate: scores held-out data; ``None`` if there is none.
+        validate: scores a part of the held-out data; ``None`` if there is none.
         resumed: the state to continue from.
 
     Raises:
@@ -86,7 +85,7 @@ class Trainer:
         *,
         stage: str,
         data_id: str,
-        validate: Callable[[HRMModel], Score] | None = None,
+        validate: Validate | None = None,
         resumed: Checkpoint | None = None,
     ) -> None:
         self.model, self.data, self.options, self.stage = model, data, options, stage
@@ -105,7 +104,7 @@ class Trainer:
         self.state = RunState()
         self.fingerprint = resume_fingerprint(options) | {"data": data_id}
         self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
-        self.last_validation_seconds, self.last_nll = 0.0, 0.0
+        self.last_nll = 0.0
         self.is_first = rank() == 0  # the process that logs, validates and saves
         self.folder = RunFolder(options.out_dir, stage)
         if self.is_first:
@@ -290,15 +289,18 @@ class Trainer:
         return n_to_stop > 0
 
     def maybe_validate(self, log: MetricsLog) -> None:
-        """Validates if it is time: `N_VALIDATIONS` times per run, fewer if a timed run is too short
-        for that. The last validation is that of `finish`."""
-        state, n_due = self.state, int(self.progress() * N_VALIDATIONS)
+        """Validates if it is time: `N_VALIDATIONS` times per run, in a timed run fewer if that
+        takes more than `MAX_VALIDATION_SHARE`. The last validation is that of `finish`."""
+        state, progress, minutes = self.state, self.progress(), self.options.minutes
+        n_due = int(progress * N_VALIDATIONS)
         if self.validate is None or not state.n_validations < n_due < N_VALIDATIONS:
             return
+        if minutes is not None:
+            seconds = (progress - state.val_progress) * state.horizon_scale * 60 * minutes
+            if state.validation_seconds > MAX_VALIDATION_SHARE * seconds:
+                return
         state.n_validations = n_due
-        expected = state.validation_seconds + self.last_validation_seconds
-        if self.options.minutes is None or expected < VALIDATION_SHARE * state.seconds:
-            self.run_validation(log)
+        self.run_validation(log)
 
     def run_validation(self, log: MetricsLog) -> None:
         """Scores held-out data, saves the model if it is the best so far, and ends the run early if
@@ -308,11 +310,13 @@ class Trainer:
             HRMError: the score is not finite.
         """
         assert self.validate is not None
-        state, start = self.state, time.perf_counter()
+        state, minutes = self.state, self.options.minutes
         with run_eagerly(self.options):
-            score = self.validate(self.model)
-        self.last_validation_seconds = time.perf_counter() - start
-        state.validation_seconds += self.last_validation_seconds
+            if state.validation_size is None:
+                state.validation_size = validation_size(self.validate, self.model, minutes)
+            start = time.perf_counter()
+            score = self.validate(self.model, state.validation_size)
+        state.validation_seconds = time.perf_counter() - start
         if not math.isfinite(score.bpb):
             raise self.diverged(f"the held-out score is {score.bpb}")
         state.val_errors, state.val_bpb = score.errors, score.bpb
@@ -326,6 +330,7 @@ class Trainer:
         elif state.best_bpb is not None and is_worse(score, state.best_errors, state.best_bpb):
             state.bad_evals += 1
             self.end_early_if_past_best()
+        state.val_progress = self.progress()
 
     def end_early_if_past_best(self) -> None:
         """Starts the decay of the learning rate after `patience` bad validations: more passes would
