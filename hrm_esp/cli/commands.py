@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import (
     DEFAULT_DIR,
+    MAX_COUNT,
+    MAX_WIDTH,
     SIZES,
     FinetuneConfig,
     GenerationConfig,
@@ -25,6 +27,7 @@ from ..config import (
     PretrainConfig,
 )
 from ..errors import HRMError
+from ..options import check_bounds
 from .parser import from_args, options
 from .rank import RANK
 
@@ -101,8 +104,8 @@ def load_model(args: argparse.Namespace) -> HRMModel:
 def generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and args.prompts is not None:
         raise HRMError("give --prompt or --prompts, not both")
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise HRMError("num_samples and batch_size must be at least 1")
+    check_bounds("num_samples", args.num_samples, low=1, high=MAX_COUNT)
+    check_bounds("batch_size", args.batch_size, low=1, high=MAX_WIDTH)
     if args.out is not None:
         check_out(args)
     prompt = clean_argument(args.prompt or "")
@@ -247,8 +250,7 @@ def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    if args.batch_size < 1:
-        raise HRMError(f"batch_size must be at least 1, not {args.batch_size}")
+    check_bounds("batch_size", args.batch_size, low=1, high=MAX_WIDTH)
     from ..data import is_table
 
     of_table, of_text = ("prompt_col", "target_col", "lm"), ("sep", "keep_licence")
@@ -278,8 +280,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def pairs(args: argparse.Namespace) -> None:
-    if args.max_bytes < 1:
-        raise HRMError(f"max_bytes must be at least 1, not {args.max_bytes}")
+    check_bounds("max_bytes", args.max_bytes, low=1, high=MAX_COUNT)
 
     from ..data import accent_pairs
     from ..files import atomic_write

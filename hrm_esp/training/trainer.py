@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..config import TrainConfig, flag_name
+from ..config import TrainConfig
 from ..console import print0
 from ..data import Batch, Dataset, Shard
 from ..device import autocast, choose_precision, keep_freed_memory
@@ -34,6 +34,7 @@ from ..errors import HRMError, Interrupted, PeerLost
 from ..evaluation import PairScore, TextScore
 from ..generation import generate
 from ..model import HRMModel
+from ..options import flag_name
 from .checkpoint import Checkpoint, load_checkpoint
 from .early_stopping import Score, is_best, is_worse
 from .loss import BatchSizes, LossModule, code_counts
