@@ -12,7 +12,7 @@ ROOT = Path(hrm_esp.__file__).parent
 # Each may import from its own line and from the lines above it.
 LAYERS = (
     ("errors", "options", "config", "tokenizer"),
-    ("files", "device", "distributed", "console"),
+    ("files", "json_lines", "device", "distributed", "console"),
     ("data",),
     ("ngrams",),
     ("model",),

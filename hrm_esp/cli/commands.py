@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from ..config import (
     PretrainConfig,
 )
 from ..errors import HRMError
+from ..json_lines import to_json
 from ..options import check_bounds
 from .parser import from_args, options
 from .rank import RANK
@@ -145,7 +145,7 @@ def generate(args: argparse.Namespace) -> None:
     for completion in completions:
         text = completion.prompt * (mode == "continue") + completion.text
         if args.json:
-            print(json.dumps(completion.as_dict(), ensure_ascii=False), flush=True)
+            print(to_json(completion.as_dict()), flush=True)
         elif model.config.line_breaks:
             print(f"{text}\n", flush=True)  # a blank line between two texts
         else:
@@ -276,7 +276,7 @@ def evaluate(args: argparse.Namespace) -> None:
         show_progress=True,
         predictions=args.predictions,
     )
-    print(json.dumps(asdict(score)) if args.json else score)
+    print(to_json(asdict(score)) if args.json else score)
 
 
 def pairs(args: argparse.Namespace) -> None:
@@ -314,8 +314,7 @@ def plans(args: argparse.Namespace) -> None:
     texts = read_texts(map(clean_argument, args.texts), args.encoding, model.config.sep)
     found = compute_plans(model, list(texts))
     use_utf8_stdout()
-    lines = (json.dumps(d, ensure_ascii=False) for d in as_dicts(found))
-    for line in lines if args.json else report(found):
+    for line in map(to_json, as_dicts(found)) if args.json else report(found):
         print(line)
     if args.out is not None:
         draw_map(found, args.out)
