@@ -52,14 +52,18 @@ def flag_name(config: Any, name: str) -> str:
 
 
 def check_fields(config: Any) -> None:
-    """Checks every field of a dataclass against its type, its ``choices`` and its bounds.
+    """Checks the fields of a dataclass against their types, ``choices`` and bounds. Fields of types
+    that are not in `TYPES` are not checked.
 
     Raises:
         HRMError: a value is not allowed.
     """
     for f in fields(config):
         value, rules = getattr(config, f.name), f.metadata
-        if not any(type(value) in TYPES[name] for name in f.type.split(" | ")):
+        names = f.type.split(" | ")
+        if not TYPES.keys() >= set(names):
+            continue
+        if not any(type(value) in TYPES[name] for name in names):
             raise HRMError(f"{f.name} must be of type {f.type}, not {describe(value)}")
         if value is None:
             continue
