@@ -53,7 +53,8 @@ def flag_name(config: Any, name: str) -> str:
 
 def check_fields(config: Any) -> None:
     """Checks the fields of a dataclass against their types, ``choices`` and bounds. Fields of types
-    that are not in `TYPES` are not checked.
+    that are not in `TYPES` are not checked. With the rule ``finite=False`` a number may also be
+    infinite or NaN.
 
     Raises:
         HRMError: a value is not allowed.
@@ -71,7 +72,9 @@ def check_fields(config: Any) -> None:
             choices = ", ".join(rules["choices"])
             raise HRMError(f"{f.name} must be one of {choices}, not {describe(value)}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise HRMError(f"{f.name} must be a finite number, not {value}")
+            if rules.get("finite", True):
+                raise HRMError(f"{f.name} must be a finite number, not {value}")
+            continue
         check_bounds(f.name, value, **rules)
 
 

@@ -1,21 +1,36 @@
 """Files that are valid archives with wrong content: checkpoints and states of runs in which one
-value is replaced or missing."""
+value is replaced, missing or added.
+
+    python tests/crafted.py checkpoints/finetune_best.pt
+
+Tries all such copies of a checkpoint, of which the tests try some: each must either be refused or
+write text with finite probabilities. Takes a minute and more for a small model.
+"""
 
 import math
+import sys
+import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hrm_esp.errors import HRMError
+from hrm_esp.generation import generate_batch
+from hrm_esp.training.checkpoint import load_checkpoint
+
 VALUES: list[Any] = [
     None, True, "x", -1, 0, 1, 2.5, 10**20, -(10**30), math.nan, math.inf, 1e308, [], {},
     {"a": [1]}, torch.zeros(2), torch.zeros(()),
 ]  # fmt: skip
-Path = tuple[Any, ...]
+Keys = tuple[Any, ...]
 
 
-def paths(content: Any, per_tensors: int | None = None, at: Path = ()) -> Iterator[Path]:
+def paths(content: Any, per_tensors: int | None = None, at: Keys = ()) -> Iterator[Keys]:
     """Yields where the values of nested containers are.
 
     Args:
@@ -45,13 +60,13 @@ def shapes(value: Any) -> tuple[object, ...]:
     return ()
 
 
-def get(content: Any, path: Path) -> Any:
+def get(content: Any, path: Keys) -> Any:
     for key in path:
         content = content[key]
     return content
 
 
-def replaced(content: Any, path: Path, value: Any) -> Any:
+def replaced(content: Any, path: Keys, value: Any) -> Any:
     """A copy in which the value at a path is another one."""
     key, *rest = path
     copy = content.copy() if isinstance(content, dict) else list(content)
@@ -59,7 +74,7 @@ def replaced(content: Any, path: Path, value: Any) -> Any:
     return copy
 
 
-def removed(content: Any, path: Path) -> Any:
+def removed(content: Any, path: Keys) -> Any:
     *at, key = path
     parent = get(content, tuple(at))
     copy = parent.copy() if isinstance(parent, dict) else list(parent)
@@ -131,3 +146,38 @@ def crafted(content: Any, per_tensors: int | None = None) -> Iterator[tuple[str,
         elif isinstance(value, dict):
             for key in ("unknown", 7, None):
                 yield f"{name}.{key} added", replaced(content, path, value | {key: 1})
+
+
+def use(path: Path, name: str) -> None:
+    """Loads a crafted checkpoint and writes text with it.
+
+    Raises:
+        HRMError: it is refused.
+    """
+    model = load_checkpoint(path).build_model()
+    if name.startswith(("weights", "config")):
+        for mode in ("continue", "answer"):
+            (text,) = generate_batch(model, ["La"], max_new_tokens=2, mode=mode, seed=0)
+            assert all(map(math.isfinite, text.logprobs)), name
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "crafted.pt"
+        for name, content in crafted(torch.load(sys.argv[1], weights_only=True)):
+            torch.save(content, path)
+            try:
+                use(path, name)
+                outcomes["used"] += 1
+            except HRMError:
+                outcomes["refused"] += 1
+            except Exception as error:
+                outcomes["failed"] += 1
+                print(f"{name}: {error!r}")
+    print(*(f"{n:,} {outcome}" for outcome, n in outcomes.items()), sep=", ")
+
+
+if __name__ == "__main__":
+    main()

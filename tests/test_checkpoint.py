@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, TEXT, Run, broken_copies, random_model
-from crafted import crafted, replaced
+from crafted import crafted, replaced, use
 
 from hrm_esp.config import PretrainConfig
 from hrm_esp.data import LMDataset
 from hrm_esp.errors import HRMError
-from hrm_esp.generation import generate_batch
 from hrm_esp.model import HRMModel
 from hrm_esp.model.skeleton import skeleton
 from hrm_esp.ngrams import gate_means
@@ -160,7 +159,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> HRMModel:
 
 
 def some(crafted: Iterable[tuple[str, Any]], n: int) -> list[tuple[str, Any]]:
-    """Some of many; tests/benchmarks/crafted_files.py tries all."""
+    """Some of many; tests/crafted.py tries all."""
     return random.Random(0).sample(list(crafted), n)
 
 
@@ -176,11 +175,7 @@ def test_any_value_of_a_checkpoint_is_used_or_refused(tiny: HRMModel, tmp_path: 
     for name, content in some(crafted(torch.load(path, weights_only=True), per_tensors=1), 250):
         torch.save(content, path)
         try:
-            model = load_checkpoint(path).build_model()
-            if "weights" in name or "config" in name:
-                for mode in ("continue", "answer"):
-                    (text,) = generate_batch(model, ["La"], max_new_tokens=2, mode=mode, seed=0)
-                    assert all(map(math.isfinite, text.logprobs)), name
+            use(path, name)
         except HRMError as error:
             refused += 1
             assert one_line(error)
@@ -299,6 +294,12 @@ def test_a_state_that_is_not_usable_is_one_line(
     line = out.stderr.splitlines()[-1]
     assert line.startswith("hrm-esp: error: r/pretrain_state.pt is not a usable state: "), line
     assert "Traceback" not in out.stderr
+
+
+def test_a_model_to_which_a_byte_was_impossible_is_loaded(saved: Path) -> None:
+    content = torch.load(saved, weights_only=True)
+    torch.save(content | {"val_bpb": math.inf}, saved)
+    assert load_checkpoint(saved).val_bpb == math.inf
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_refused(saved: Path, tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import CONFIG, PAIRS, TEXT, Run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hrm_esp import train_ft, train_lm
 from hrm_esp.config import FinetuneConfig, GenerationConfig, HRMConfig, PretrainConfig
 from hrm_esp.errors import HRMError
+from hrm_esp.training import memory
 
 CONFIGS = (HRMConfig, PretrainConfig, FinetuneConfig, GenerationConfig)
 FIELDS = [(config, f.name) for config in CONFIGS for f in fields(config)]
@@ -88,8 +91,38 @@ def test_each_number_has_bounds(config: type, name: str) -> None:
     ],
     ids=lambda args: " ".join(str(a)[:12] for a in args),
 )  # fmt: skip
-def test_a_number_out_of_range_is_one_line(run: Run, tmp_path, args: tuple[object, ...]) -> None:
+def test_a_number_out_of_range_is_one_line(
+    run: Run, tmp_path: Path, args: tuple[object, ...]
+) -> None:
     (tmp_path / "text.txt").write_text("Una línea.\n" * 20, encoding="utf-8")
     out = run(*args)
     assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
     assert out.stderr.startswith("hrm-esp: error: ") and str(args[-2])[2:] in out.stderr
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_built(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
+    size = ("--set", "d_model=65536", "--set", "n_layers_dec=400", "--set", "ff_mult=64")
+    for command in (("pretrain", "text.txt"), ("finetune", "pairs.tsv", "--from_scratch")):
+        out = run(*command, *size, "--steps", 1)
+        assert out.returncode == 2
+        line = out.stderr.splitlines()[-1]
+        assert line.startswith("hrm-esp: error: training this model takes at least "), out.stderr
+        assert "GB" in line and "--d_model" in line
+        assert not (tmp_path / "checkpoints" / "ngrams.counts").exists()
+
+
+def test_what_fits_into_memory_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine of 50 MB: a batch is as large as the data at most."""
+    monkeypatch.setattr(memory, "total_memory", lambda device: 50 * 10**6)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
+    (tmp_path / "long.txt").write_text(TEXT * 99, encoding="utf-8")
+    huge = {"steps": 1, "batch_size": 2**20, "out_dir": str(tmp_path / "a"), "overwrite": True}
+    start = train_lm(tmp_path / "text.txt", CONFIG, PretrainConfig(**huge)).last
+    train_ft(tmp_path / "pairs.tsv", start, FinetuneConfig(**huge))
+    with pytest.raises(HRMError, match=r"a batch of this size .* --batch_size or --max_len"):
+        train_lm(tmp_path / "long.txt", CONFIG, PretrainConfig(**huge))

@@ -25,7 +25,8 @@ from ..options import check_fields, describe
 FORMAT = 5  # raised by every change after which older files cannot be read
 STAGES = ("pretrain", "finetune")
 COUNT = {"low": 0, "high": 2**53}  # bounds of a field that counts something
-BITS = {"low": -1, "high": 1e30}  # of bits per byte; rounding may make them negative
+# Of bits per byte: rounding may make them negative, and a byte of probability 0 infinite.
+BITS = {"low": -1, "high": 1e30, "finite": False}
 TABLE = "executor.ngrams.table."  # begins the names of the n-gram table, whose size varies
 GATE_SUMS = "executor.ngrams.gate_means.sums"
 
