@@ -5,12 +5,11 @@ This module does not import torch, so that ``hrm-esp --help`` answers at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from .errors import HRMError
+from .options import check_fields, option
 
 DEFAULT_DIR = "checkpoints"
 DEFAULT_NEW_TOKENS, DEFAULT_TEMPERATURE, DEFAULT_GUIDANCE = 512, 0.8, 3.0
@@ -31,56 +30,18 @@ LM_HELP = "accept rows without a target as plain text, without a warning"
 ENCODING_HELP = "encoding of the text files, such as latin-1, cp1252 or utf-16"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 RECENT_ORDERS = (4, 6, 10)  # orders of the n-grams counted in the text just read
+MAX_WIDTH = 2**16  # of each dimension of a model, and of its context
+MAX_LAYERS = 512
+MAX_BATCH = 2**20
+MAX_COUNT = 10**9
+MAX_STEPS = 10**12
+MAX_MINUTES = 10**7
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"d_model": 128, "n_heads": 4, "n_layers_enc": 1, "n_layers_dec": 3},
     "small": {"d_model": 256, "n_heads": 4, "n_layers_enc": 2, "n_layers_dec": 4},
     "base": {"d_model": 512, "n_heads": 8, "n_layers_enc": 2, "n_layers_dec": 8},
 }
-
-
-def option(default: Any, group: str, text: str, *, flag: bool = True, **rules: Any) -> Any:
-    """Declares a dataclass field that can be set from the command line.
-
-    Args:
-        default: the field's default. A ``bool`` that is true becomes the flag ``--no_<name>``.
-        group: the heading under which ``--help`` lists the flag.
-        text: what the field does; of a ``bool``, what it does when true.
-        flag: the field has a flag of its own; otherwise it is set with ``--set name=value``.
-        rules: ``choices``, ``type`` and ``metavar`` as in ``argparse``; ``low`` and ``high``, the
-            smallest and largest value allowed; ``above`` and ``below``, exclusive bounds.
-    """
-    return field(default=default, metadata={"group": group, "help": text, "flag": flag, **rules})
-
-
-def flag_name(config: Any, name: str) -> str:
-    """Returns how a field of a config is set on the command line: ``--lr``, ``--set warmup``."""
-    (f,) = (f for f in fields(config) if f.name == name)
-    return f"--{name}" if f.metadata["flag"] else f"--set {name}"
-
-
-def check_fields(config: Any) -> None:
-    """Checks every field of a config against its ``choices`` and bounds.
-
-    Raises:
-        HRMError: a value is not allowed.
-    """
-    for f in fields(config):
-        value, rules = getattr(config, f.name), f.metadata
-        if value is None:
-            continue
-        if "choices" in rules and value not in rules["choices"]:
-            raise HRMError(f"{f.name} must be one of {', '.join(rules['choices'])}, not {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise HRMError(f"{f.name} must be a finite number, not {value}")
-        if "low" in rules and value < rules["low"]:
-            raise HRMError(f"{f.name} must be at least {rules['low']}, not {value}")
-        if "high" in rules and value > rules["high"]:
-            raise HRMError(f"{f.name} must be at most {rules['high']}, not {value}")
-        if "above" in rules and value <= rules["above"]:
-            raise HRMError(f"{f.name} must be more than {rules['above']}, not {value}")
-        if "below" in rules and value >= rules["below"]:
-            raise HRMError(f"{f.name} must be less than {rules['below']}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -91,17 +52,18 @@ class HRMConfig:
         HRMError: a value is out of range, or values do not fit together.
     """
 
-    d_model: int = option(256, "model", "width of the residual stream", low=2)
-    n_heads: int = option(4, "model", "attention heads; must divide d_model", low=1)
-    n_layers_enc: int = option(2, "model", "layers of the Planner", low=1)
-    n_layers_dec: int = option(4, "model", "layers of the Executor", low=1)
+    d_model: int = option(256, "model", "width of the residual stream", low=2, high=MAX_WIDTH)
+    n_heads: int = option(4, "model", "attention heads; must divide d_model", low=1, high=MAX_WIDTH)
+    n_layers_enc: int = option(2, "model", "layers of the Planner", low=1, high=MAX_LAYERS)
+    n_layers_dec: int = option(4, "model", "layers of the Executor", low=1, high=MAX_LAYERS)
     ff_mult: int = option(
-        4, "model", "width of the feed-forward layers, in units of d_model", flag=False, low=1
-    )
-    max_len: int = option(512, "model", "context length in bytes", low=8)
-    plan_dim: int = option(256, "model", "dimension of the plan vector", low=1)
+        4, "model", "width of the feed-forward layers, in units of d_model", flag=False, low=1,
+        high=64,
+    )  # fmt: skip
+    max_len: int = option(512, "model", "context length in bytes", low=8, high=MAX_WIDTH)
+    plan_dim: int = option(256, "model", "dimension of the plan vector", low=1, high=MAX_WIDTH)
     gumbel: bool = option(True, "model", "express the plan in a codebook (Gumbel-Softmax)")
-    n_plan_codes: int = option(32, "model", "codes in the codebook", low=2)
+    n_plan_codes: int = option(32, "model", "codes in the codebook", low=2, high=MAX_WIDTH)
     gumbel_hard: bool = option(
         False, "model", "straight-through Gumbel-Softmax: exactly one code", flag=False
     )
@@ -129,6 +91,7 @@ class HRMConfig:
         "4 disables them",
         flag=False,
         low=0,
+        high=32,
     )
     recent_len: int = option(
         4096,
@@ -136,6 +99,7 @@ class HRMConfig:
         "bytes before the window whose n-grams are counted while reading",
         flag=False,
         low=0,
+        high=2**20,
     )
     dropout: float = option(0.0, "model", "dropout rate", low=0, below=1)
     # Not options: decided by PretrainConfig.denoise and sep, FinetuneConfig.context and the pairs.
@@ -179,17 +143,24 @@ class TrainConfig:
     """
 
     epochs: int | None = option(
-        None, "run", "train for N passes over the data, instead of --minutes", low=1, type=int
-    )
+        None, "run", "train for N passes over the data, instead of --minutes", low=1, type=int,
+        high=MAX_COUNT,
+    )  # fmt: skip
     steps: int | None = option(
-        None, "run", "train for N optimizer steps, instead of --minutes", low=1, type=int
-    )
+        None, "run", "train for N optimizer steps, instead of --minutes", low=1, type=int,
+        high=MAX_STEPS,
+    )  # fmt: skip
     minutes: float | None = option(
-        None, "run", "train for N minutes, such as 0.5 (default: 10)", above=0, type=float
+        None, "run", "train for N minutes, such as 0.5 (default: 10)", above=0, type=float,
+        high=MAX_MINUTES,
+    )  # fmt: skip
+    batch_size: int = option(
+        8, "training", "windows of max_len bytes per step and process", low=1, high=MAX_BATCH
     )
-    batch_size: int = option(8, "training", "windows of max_len bytes per step and process", low=1)
-    grad_accum: int = option(1, "training", "micro-batches per optimizer step", flag=False, low=1)
-    lr: float = option(6e-3, "training", "peak learning rate", above=0)
+    grad_accum: int = option(
+        1, "training", "micro-batches per optimizer step", flag=False, low=1, high=10_000
+    )
+    lr: float = option(6e-3, "training", "peak learning rate", above=0, high=100)
     optimizer: str = option(
         "muon",
         "training",
@@ -198,9 +169,12 @@ class TrainConfig:
         choices=("muon", "adamw"),
     )
     weight_decay: float = option(
-        0.1, "training", "decoupled weight decay of the matrices in the blocks", flag=False, low=0
+        0.1, "training", "decoupled weight decay of the matrices in the blocks", flag=False, low=0,
+        high=100,
+    )  # fmt: skip
+    warmup: int = option(
+        10, "training", "warmup steps of the learning rate", flag=False, low=0, high=MAX_STEPS
     )
-    warmup: int = option(10, "training", "warmup steps of the learning rate", flag=False, low=0)
     decay: float = option(
         0.4,
         "training",
@@ -216,6 +190,7 @@ class TrainConfig:
         "0 disables it",
         flag=False,
         low=0,
+        high=MAX_COUNT,
     )
     grad_clip: float = option(
         1.0,
@@ -223,9 +198,10 @@ class TrainConfig:
         "maximum gradient norm, n-gram embeddings aside; 0 disables it",
         flag=False,
         low=0,
+        high=1e6,
     )
     codebook_penalty: float = option(
-        0.1, "training", "weight of the loss that balances the codes", flag=False, low=0
+        0.1, "training", "weight of the loss that balances the codes", flag=False, low=0, high=1e6
     )
     precision: str = option(
         "auto",
@@ -257,11 +233,12 @@ class TrainConfig:
     out_dir: str = option(DEFAULT_DIR, "run", "folder of the run", metavar="DIR")
     keep: int | None = option(
         None, "run", "newest epoch checkpoints to keep (default: 3 with --epochs, else 0)",
-        flag=False, low=0, type=int,
+        flag=False, low=0, high=MAX_COUNT, type=int,
     )  # fmt: skip
     save_every: float = option(
-        5.0, "run", "minutes between two saved states, for --resume", flag=False, above=0
-    )
+        5.0, "run", "minutes between two saved states, for --resume", flag=False, above=0,
+        high=MAX_MINUTES,
+    )  # fmt: skip
     resume: bool = option(False, "run", "continue the run in out_dir")
     overwrite: bool = option(False, "run", "discard the existing run in out_dir")
 
@@ -319,8 +296,9 @@ class FinetuneConfig(TrainConfig):
     target_col: str | None = option(None, "data", TARGET_COL_HELP, metavar="COLUMN", type=str)
     lm: bool = option(False, "data", LM_HELP)
     batch_size: int = option(
-        2, "training", "size of a batch of pairs per process, in units of max_len bytes", low=1
-    )
+        2, "training", "size of a batch of pairs per process, in units of max_len bytes", low=1,
+        high=MAX_BATCH,
+    )  # fmt: skip
     dropout: float = option(0.2, "model", "dropout rate", low=0, below=1)
     ngram_dropout: float = option(
         0.5, "model", "dropout of whole n-gram embeddings", flag=False, low=0, below=1
@@ -363,22 +341,26 @@ class GenerationConfig:
         "sampling",
         f"maximum number of bytes to generate (default: {DEFAULT_NEW_TOKENS})",
         low=1,
+        high=MAX_COUNT,
         type=int,
     )
     min_new_tokens: int = option(
-        0, "sampling", "minimum number of bytes to generate, unless a stop sequence comes", low=0
-    )
+        0, "sampling", "minimum number of bytes to generate, unless a stop sequence comes", low=0,
+        high=MAX_COUNT,
+    )  # fmt: skip
     temperature: float | None = option(
         None,
         "sampling",
         f"0 is greedy (default: {DEFAULT_TEMPERATURE}; in answer mode 0)",
         low=0,
+        high=1e6,
         type=float,
         metavar="T",
     )
     top_k: int = option(
-        0, "sampling", "sample from the K most likely bytes; 0 disables it", low=0, metavar="K"
-    )
+        0, "sampling", "sample from the K most likely bytes; 0 disables it", low=0, metavar="K",
+        high=MAX_COUNT,
+    )  # fmt: skip
     top_p: float = option(
         1.0,
         "sampling",
@@ -404,7 +386,7 @@ class GenerationConfig:
     )
     plan_code: int | None = option(
         None, "plan", "use the plan of this code of the codebook, from 0; see hrm-esp plans",
-        low=0, type=int,
+        low=0, high=MAX_WIDTH, type=int,
     )  # fmt: skip
     guidance: float | None = option(
         None,
@@ -428,6 +410,7 @@ class GenerationConfig:
         "seed); 0 disables it",
         flag=False,
         low=0,
+        high=MAX_WIDTH,
     )
 
     def __post_init__(self) -> None:
@@ -437,6 +420,8 @@ class GenerationConfig:
                 f"min_new_tokens ({self.min_new_tokens}) must not be more than max_new_tokens "
                 f"({self.max_new_tokens})"
             )
+        if any(type(s) is not str for s in self.stop_sequences):
+            raise HRMError("stop must be text, or several texts")
         if any(not s.encode(errors="ignore") for s in self.stop_sequences):
             raise HRMError("stop must not be empty")
         if self.plan_from is not None and self.plan_code is not None:

@@ -11,8 +11,8 @@ import hrm_esp
 ROOT = Path(hrm_esp.__file__).parent
 # Each may import from its own line and from the lines above it.
 LAYERS = (
-    ("errors", "config", "tokenizer"),
-    ("launch", "streams", "cpu_load", "files", "device", "distributed", "console"),
+    ("errors", "options", "config", "tokenizer"),
+    ("launch", "streams", "cpu_load", "files", "json_lines", "device", "distributed", "console"),
     ("data",),
     ("ngrams",),
     ("model",),

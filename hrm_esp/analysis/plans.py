@@ -27,7 +27,7 @@ from ..data import (
 )
 from ..data.corpus_files import CONVERSIONS, TEXT_SUFFIXES
 from ..device import eval_mode
-from ..errors import HRMError
+from ..errors import HRMError, NotFinite
 from ..evaluation import perplexity
 from ..model import HRMModel
 
@@ -51,7 +51,7 @@ def compute_plans(model: HRMModel, texts: Sequence[str]) -> Plans:
     """Computes the plan of each text, read as a prompt.
 
     Raises:
-        HRMError: there is no text.
+        HRMError: there is no text, or plans are not finite.
     """
     if not texts:
         raise HRMError("there is no text: give texts, or files with a text per line")
@@ -65,6 +65,8 @@ def compute_plans(model: HRMModel, texts: Sequence[str]) -> Plans:
             ]
             plan, logits = model.planner(pad(prompts).to(model.device))
             vectors.append(plan.float().cpu().numpy())
+            if not np.isfinite(vectors[-1]).all():
+                raise NotFinite
             if logits is not None:
                 code_probs.append(logits.float().softmax(-1).cpu().numpy())
     return Plans(

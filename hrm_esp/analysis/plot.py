@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import HRMError
+from ..json_lines import describe_skipped, parse_entry
+from ..streams import STDERR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ FILE_TYPES = (".png", ".svg", ".pdf")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "x")
+MAX_DRAWN = 1e100  # larger numbers are left out, as NaN is
 
 
 class Run(NamedTuple):
@@ -28,13 +30,18 @@ class Run(NamedTuple):
     entries: list[dict[str, Any]]
 
     def curve(self, x: str, y: str) -> tuple[list[float], list[float]]:
-        """Returns the values of x and y in the entries that have both."""
-        points = [(e[x], e[y]) for e in self.entries if x in e and y in e]
-        return [a for a, _ in points], [b for _, b in points]
+        """Returns the values of x and y in the entries that have a number for both."""
+        entries = [e for e in self.entries if is_number(e.get(x)) and is_number(e.get(y))]
+        return [float(e[x]) for e in entries], [float(e[y]) for e in entries]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a log is a number that can be drawn."""
+    return type(value) in (int, float) and -MAX_DRAWN < value < MAX_DRAWN
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """Reads the logs in some folders; a run per stage.
+    """Reads the logs in some folders; a run per stage. Counts what is no entry on stderr.
 
     Raises:
         HRMError: a folder without a log, or an empty log.
@@ -43,16 +50,18 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     for folder in map(Path, folders):
         path = folder / "metrics.jsonl" if folder.is_dir() else folder
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_bytes().split(b"\n")
         except OSError as error:
             raise HRMError(f"no log of a run in {folder}: give the --out_dir of one") from error
         by_stage: dict[str, list[dict[str, Any]]] = {}
-        for line in lines:
-            try:
-                entry = json.loads(line)
+        n_foreign = 0
+        for line in filter(bytes.strip, lines):
+            if (entry := parse_entry(line)) is None:
+                n_foreign += 1
+            else:
                 by_stage.setdefault(entry["stage"], []).append(entry)
-            except (ValueError, TypeError, KeyError):
-                continue  # half written in a crash
+        if n_foreign:
+            print(describe_skipped(path, n_foreign), file=STDERR)
         if not by_stage:
             raise HRMError(f"nothing is logged in {path} yet")
         for stage, entries in by_stage.items():
@@ -81,7 +90,14 @@ def figure(out: str, rows: int, columns: int, size: tuple[float, float]) -> Iter
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    with pyplot.rc_context(
+        {
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.parse_math": False,  # the name of a folder may have two dollar signs
+        }
+    ):
         drawn, panels = pyplot.subplots(
             rows, columns, figsize=size, layout="constrained", squeeze=False
         )
@@ -134,7 +150,7 @@ def plot_bits(
                       **style)  # fmt: skip
             # The first values are so high that they would flatten the rest.
             shown += sorted(ys)[: max(1, round(0.9 * len(ys)))]
-    if shown:
+    if shown and max(shown) > 0:
         axes.set_ylim(min(shown) - 0.03 * max(shown), max(shown) * 1.05)
     axes.set_xlabel(label)
     axes.set_ylabel("bits per byte")

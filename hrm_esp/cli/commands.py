@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import os
 import sys
 from collections import deque
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import (
     DEFAULT_DIR,
+    MAX_COUNT,
+    MAX_WIDTH,
     SIZES,
     FinetuneConfig,
     GenerationConfig,
@@ -28,7 +29,9 @@ from ..config import (
     PretrainConfig,
 )
 from ..errors import HRMError
+from ..json_lines import to_json
 from ..launch import launched_rank
+from ..options import check_bounds
 from ..streams import STDERR, flush_stdout, require_stdout
 from .parser import from_args, options
 
@@ -110,8 +113,8 @@ def load_model(args: argparse.Namespace) -> HRMModel:
 def generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and args.prompts is not None:
         raise HRMError("give --prompt or --prompts, not both")
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise HRMError("num_samples and batch_size must be at least 1")
+    check_bounds("num_samples", args.num_samples, low=1, high=MAX_COUNT)
+    check_bounds("batch_size", args.batch_size, low=1, high=MAX_WIDTH)
     if args.out is None:
         require_stdout()
     else:
@@ -153,7 +156,7 @@ def generate(args: argparse.Namespace) -> None:
     for completion in completions:
         text = completion.prompt * (mode == "continue") + completion.text
         if args.json:
-            print(json.dumps(completion.as_dict(), ensure_ascii=False), flush=True)
+            print(to_json(completion.as_dict()), flush=True)
         elif model.config.line_breaks:
             print(f"{text}\n", flush=True)  # a blank line between two texts
         else:
@@ -274,8 +277,7 @@ def without_blanks(prompts: Iterable[str]) -> Iterator[str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     require_stdout()
-    if args.batch_size < 1:
-        raise HRMError(f"batch_size must be at least 1, not {args.batch_size}")
+    check_bounds("batch_size", args.batch_size, low=1, high=MAX_WIDTH)
     from ..data import is_table
 
     of_table, of_text = ("prompt_col", "target_col", "lm"), ("sep", "keep_licence")
@@ -301,12 +303,11 @@ def evaluate(args: argparse.Namespace) -> None:
         show_progress=True,
         predictions=args.predictions,
     )
-    print(json.dumps(asdict(score)) if args.json else score)
+    print(to_json(asdict(score)) if args.json else score)
 
 
 def pairs(args: argparse.Namespace) -> None:
-    if args.max_bytes < 1:
-        raise HRMError(f"max_bytes must be at least 1, not {args.max_bytes}")
+    check_bounds("max_bytes", args.max_bytes, low=1, high=MAX_COUNT)
 
     from ..data import accent_pairs
     from ..files import atomic_write
@@ -340,8 +341,7 @@ def plans(args: argparse.Namespace) -> None:
 
     texts = read_texts(map(clean_argument, args.texts), args.encoding, model.config.sep)
     found = compute_plans(model, list(texts))
-    lines = (json.dumps(d, ensure_ascii=False) for d in as_dicts(found))
-    for line in lines if args.json else report(found):
+    for line in map(to_json, as_dicts(found)) if args.json else report(found):
         print(line)
     if args.out is not None:
         draw_map(found, args.out)

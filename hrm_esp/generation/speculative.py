@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import NotFinite
 from ..tokenizer import EOS
 from .decoder import Decoder, GuidedDecoder
 from .sampling import (
@@ -142,6 +143,9 @@ def decode(
     Args:
         rngs: one for each sequence.
         draft_len: tokens drafted per pass, at most, once a single sequence is left.
+
+    Raises:
+        NotFinite: the model's predictions are not.
     """
     sequences = [SequenceState(i, rng) for i, rng in enumerate(rngs)]
     while sequences:
@@ -149,9 +153,13 @@ def decode(
         drafted = draft(decoder, sequences[0], params, draft_len) if len(sequences) == 1 else []
         tokens = [d.token for d in drafted]
         # Step 2: verify the draft in one pass of the Executor.
-        log_probs = decoder.verify()
+        with np.errstate(over="ignore", invalid="ignore"):
+            log_probs = decoder.verify()
         allowed = np.array([s.allowed_tokens(params, tokens) for s in sequences])
-        probs = sampling_probs(np.where(allowed, log_probs, -np.inf), params)
+        allowed_log_probs = np.where(allowed, log_probs, -np.inf)
+        if not np.isfinite(allowed_log_probs.max(-1)).all():
+            raise NotFinite
+        probs = sampling_probs(allowed_log_probs, params)
         # Step 3: accept a prefix of the draft, and remove the rest.
         n_accepted, weights = 0, probs[:, 0]
         if drafted:

@@ -30,6 +30,27 @@ CHUNK_BYTES = 2**16
 TOKEN_BITS = 9  # of an entry's key; the rest is the hash of its context
 
 
+def is_valid_table(entries: Tensor, cumulative: Tensor) -> bool:
+    """Whether two tensors from a file are those of an `NgramTable`: whatever is looked up then lies
+    inside of them, and each context that is found has a count.
+
+    Args:
+        entries: int64. cumulative: int32.
+    """
+    if entries.ndim != 1 or cumulative.shape != (len(entries) + 1,) or not len(entries):
+        return False
+    keys, totals = entries.numpy(), cumulative.numpy()
+    tokens = keys[:-1] & (2**TOKEN_BITS - 1)
+    return bool(
+        keys[-1] == torch.iinfo(torch.int64).max
+        and (keys[1:] >= keys[:-1]).all()
+        and ((tokens < PAD) | (tokens == EOS)).all()
+        and totals[0] == 0
+        and (totals[1:-1] > totals[:-2]).all()
+        and totals[-1] == totals[-2]
+    )
+
+
 class ContextStats(NamedTuple):
     """Statistics of the context at each position, for each order; all (B, T, N).
 

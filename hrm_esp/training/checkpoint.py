@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import warnings
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ from ..config import DEFAULT_DIR, HRMConfig
 from ..errors import HRMError
 from ..files import PathLike, atomic_write
 from ..model import HRMModel
+from ..model.skeleton import skeleton
+from ..ngrams.table import is_valid_table
+from ..options import check_fields, describe
 
 FORMAT = 5  # raised by every change after which older files cannot be read
 STAGES = ("pretrain", "finetune")
+COUNT = {"low": 0, "high": 2**53}  # bounds of a field that counts something
+# Of bits per byte: rounding may make them negative, and a byte of probability 0 infinite.
+BITS = {"low": -1, "high": 1e30, "finite": False}
+TABLE = "executor.ngrams.table."  # begins the names of the n-gram table, whose size varies
+GATE_SUMS = "executor.ngrams.gate_means.sums"
 
 
 @dataclass
@@ -32,10 +41,10 @@ class Checkpoint:
 
     config: HRMConfig
     weights: dict[str, Tensor]
-    stage: str
-    step: int = 0
-    bytes_seen: int = 0
-    val_bpb: float | None = None
+    stage: str = field(metadata={"choices": STAGES})
+    step: int = field(default=0, metadata=COUNT)
+    bytes_seen: int = field(default=0, metadata=COUNT)
+    val_bpb: float | None = field(default=None, metadata=BITS)
     version: str = ""
     training: dict[str, Any] | None = None
 
@@ -78,10 +87,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
 
 
 def load_checkpoint(path: PathLike) -> Checkpoint:
-    """Reads a checkpoint onto the CPU, after verifying its checksums.
+    """Reads a checkpoint onto the CPU. Verifies its checksums, and that its weights are those of a
+    model of its config.
 
     Raises:
-        HRMError: missing, a folder, damaged, not from hrm-esp, or from another version of it.
+        HRMError: missing, a folder, damaged, not from hrm-esp, from another version of it, or with
+            weights that no model has.
     """
     path = Path(path)
     if path.is_dir():
@@ -90,33 +101,100 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
         )
     if not path.exists():
         raise HRMError(f"no checkpoint {path}: run hrm-esp pretrain first, or give --ckpt")
+    content = read_archive(path)
     foreign = HRMError(f"{path} is not a checkpoint of hrm-esp")
+    if not isinstance(content, dict) or content.pop("project", None) != "hrm-esp":
+        raise foreign
+    found = content.pop("format", None)
+    if type(found) is not int:
+        raise foreign
+    if found > FORMAT:
+        raise HRMError(f"{path} was written by a newer hrm-esp: pip install -U hrm-esp")
+    if found < FORMAT:
+        raise HRMError(f"{path} was written by an older hrm-esp: train it again")
+    try:
+        content["config"] = HRMConfig(**content["config"])
+        checkpoint = Checkpoint(**content)
+        check_fields(checkpoint)
+        check_weights(checkpoint.weights, checkpoint.config)
+    except (TypeError, KeyError) as error:
+        raise foreign from error
+    except HRMError as error:
+        raise HRMError(f"{path} is not a usable checkpoint: {error}; use another one") from error
+    checkpoint.weights = dict(checkpoint.weights)  # without attributes that the file may have set
+    return checkpoint
+
+
+def read_archive(path: Path) -> Any:
+    """Returns the content of a file of PyTorch's: plain types and tensors on the CPU.
+
+    Raises:
+        HRMError: damaged, or with anything but plain types and tensors.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(damaged)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            # PyTorch compresses nothing. A small file that unpacks to a large one is none of its.
+            is_compressed = sum(f.file_size for f in archive.infolist()) > path.stat().st_size
+            if is_compressed or archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise foreign from error
+        raise HRMError(f"{path} is not a checkpoint of hrm-esp") from error
     except OSError as error:
         raise HRMError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged archive fails in many ways
         raise HRMError(
             f"{path} is damaged, or not a checkpoint of hrm-esp: use another one"
         ) from error
-    if not isinstance(content, dict) or content.pop("project", None) != "hrm-esp":
-        raise foreign
-    try:
-        found = content.pop("format")
-        if found > FORMAT:
-            raise HRMError(f"{path} was written by a newer hrm-esp: pip install -U hrm-esp")
-        if found < FORMAT:
-            raise HRMError(f"{path} was written by an older hrm-esp: train it again")
-        content["config"] = HRMConfig(**content["config"])
-        return Checkpoint(**content)
-    except (TypeError, KeyError) as error:
-        raise foreign from error
+
+
+def check_weights(weights: Any, config: HRMConfig) -> None:
+    """Checks that weights from a file are those of a model of this config. Takes no memory that
+    depends on the config.
+
+    Raises:
+        HRMError: a name, shape, dtype or layout is another, or values are not finite or not valid.
+    """
+    if not isinstance(weights, dict):
+        raise HRMError(f"its weights are {describe(weights)}")
+    expected = skeleton(config).state_dict()
+    if unknown := [name for name in weights if name not in expected]:
+        raise HRMError(f"its weights have an unknown name, {describe(unknown[0])}")
+    for name, like in expected.items():
+        if name not in weights:
+            raise HRMError(f"its weights lack {name}")
+        check_tensor(name, weights[name], like, any_shape=name.startswith(TABLE))
+    if config.counts_ngrams:
+        if not is_valid_table(weights[f"{TABLE}entries"], weights[f"{TABLE}cumulative"]):
+            raise HRMError("its n-gram counts are not in order")
+        if weights[GATE_SUMS][..., -1].min() < 0:
+            raise HRMError(f"{GATE_SUMS} has negative counts")
+
+
+def check_tensor(name: str, found: Any, like: Tensor, any_shape: bool = False) -> None:
+    """Checks that a tensor from a file can take the place of another one, and is finite.
+
+    Args:
+        like: of any device.
+        any_shape: shapes may differ.
+
+    Raises:
+        HRMError: it cannot, or is not.
+    """
+    if type(found) is not Tensor:
+        raise HRMError(f"{name} is {describe(found)}, not a tensor")
+    is_plain = found.layout is torch.strided and found.device.type == "cpu"
+    is_plain = is_plain and not (found.is_nested or found.is_neg() or found.requires_grad)
+    if found.dtype is not like.dtype or not is_plain or not found.is_contiguous():
+        raise HRMError(f"{name} is not a dense tensor of {like.dtype}".replace("torch.", ""))
+    if found.shape != like.shape and not any_shape:
+        shapes = describe(str(tuple(found.shape)))[1:-1], tuple(like.shape)
+        raise HRMError("{} has shape {}, not {}".format(name, *shapes))
+    # A sum is finite only if all numbers are, and is the fastest test; it may also overflow.
+    if found.is_floating_point() and not (found.sum().isfinite() or found.isfinite().all()):
+        raise HRMError(f"{name} is not finite: the run diverged, train again with a lower --lr")
 
 
 def find_checkpoint(folder: PathLike = DEFAULT_DIR, stages: tuple[str, ...] = STAGES) -> Path:

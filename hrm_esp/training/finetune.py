@@ -22,6 +22,7 @@ from ..files import PathLike
 from ..model import HRMModel
 from .checkpoint import Checkpoint, load_checkpoint
 from .early_stopping import Score
+from .memory import check_memory
 from .run_folder import open_run
 from .trainer import Trainer, TrainResult, describe_run
 
@@ -59,12 +60,16 @@ def train_ft(
         # Step 1: load the checkpoint, read the pairs and hold out some of them.
         torch.manual_seed(options.seed)
         if isinstance(start, HRMConfig):
+            check_memory(start, device)
             checkpoint = Checkpoint(start, HRMModel(start).state_dict(), "pretrain")
         else:
             checkpoint = load_checkpoint(start)
         data, held_out = load_pairs(tsv, val, checkpoint.config.max_len, options)
         if any(LINE_BREAK.encode() in p.prompt + p.target for p in (*data, *held_out)):
             checkpoint.config = replace(checkpoint.config, line_breaks=True)
+        n_tokens = sum(len(pair.prompt) + len(pair.target) for pair in data)
+        max_tokens = options.batch_size * checkpoint.config.max_len
+        check_memory(checkpoint.config, device, min(n_tokens, max_tokens), 1)
         # Step 2: adapt the model.
         model = model_to_finetune(checkpoint, options).to(device)
         if model.config.gumbel and options.context == "plan":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from ..console import print0
 from ..evaluation import perplexity
 from ..files import atomic_write
+from ..json_lines import describe_skipped, parse_entry, to_json
 from ..streams import STDERR
 from .state import RunState, StepStats
 
@@ -26,27 +27,41 @@ class MetricsLog:
     ``train_bpb``, ``lr``, ``grad_norm``, ``bytes_per_second``, ``code_perplexity`` and
     ``skipped_steps``; lines of a validation add ``val_bpb`` and, for pairs, ``val_exact_match``.
 
+    A number that is not finite is null. Without a file that can be read there is no log, and a
+    warning: no log keeps a run from going on.
+
     Args:
         stage: its lines after ``step`` are dropped: they are of another run, or will be written
-            again. Lines of the other stage stay.
+            again. Lines of the other stage stay, and so does what is no entry.
     """
 
     def __init__(self, folder: Path, stage: str, step: int) -> None:
         self.path, self.stage = folder / "metrics.jsonl", stage
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # half written in a crash
-                if entry["stage"] != stage or entry["step"] <= step:
-                    kept.append(line + "\n")
+        self.is_open = True
+        try:
+            if self.path.exists() and not self.path.is_file():
+                raise OSError("not a file")
+            content = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            print0(f"warning: nothing is logged in {self.path}: {error.strerror or error}")
+            self.is_open = False
+            return
+        kept, n_foreign = [], 0
+        for line in content.split(b"\n"):
+            entry = parse_entry(line)
+            if entry is None or entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line)
+            n_foreign += entry is None and line.strip() != b""
+        if n_foreign:
+            print0(describe_skipped(self.path, n_foreign))
+        content = b"\n".join(kept)
         with atomic_write(self.path) as file:
-            file.write("".join(kept).encode())
+            file.write(content if content.endswith(b"\n") or not content else content + b"\n")
 
     def add(self, state: RunState, **values: float | None) -> None:
         """Appends a line with the values that are not ``None``."""
+        if not self.is_open:
+            return
         entry: dict[str, object] = {
             "stage": self.stage,
             "step": state.step,
@@ -57,7 +72,7 @@ class MetricsLog:
             if value is not None:
                 entry[name] = float(f"{value:.6g}")
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(to_json(entry) + "\n")
 
 
 class Meter:

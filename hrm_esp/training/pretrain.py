@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from ..evaluation import TextScore, score_stream
 from ..files import PathLike
 from ..model import HRMModel
 from .early_stopping import Score
+from .memory import check_memory
 from .run_folder import open_run
 from .trainer import Trainer, TrainResult, describe_run
 
@@ -68,6 +70,8 @@ def train_lm(
         with local_rank_zero_first():
             stream, held_out = load_corpus(corpus, val, options)
         # Step 2: build the model and count the n-grams.
+        n_windows = math.ceil(len(stream) / config.max_len)
+        check_memory(config, device, min(options.batch_size, n_windows), config.max_len)
         torch.manual_seed(options.seed)
         model = HRMModel(config)
         if model.executor.ngrams is not None:

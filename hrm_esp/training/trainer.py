@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..config import TrainConfig, flag_name
+from ..config import TrainConfig
 from ..console import print0
 from ..data import Batch, Dataset, Shard
 from ..device import autocast, choose_precision, keep_freed_memory
@@ -34,6 +34,7 @@ from ..errors import HRMError, Interrupted, PeerLost
 from ..evaluation import PairScore, TextScore
 from ..generation import generate
 from ..model import HRMModel
+from ..options import flag_name
 from .checkpoint import Checkpoint, load_checkpoint
 from .clock import RunningClock
 from .early_stopping import is_best, is_worse
@@ -43,7 +44,7 @@ from .optim import Parameters, build_optimizers, set_learning_rate, set_sparse_t
 from .run_folder import RunFolder
 from .schedule import batch_shape, learning_rate
 from .signals import stop_signals
-from .state import RunState, StepStats
+from .state import RunState, StepStats, load_fingerprint, load_training, usable_state
 from .validation import MAX_VALIDATION_SHARE, N_VALIDATIONS, Validate, validation_size
 
 EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
@@ -413,10 +414,11 @@ class Trainer:
         """Continues from a saved state.
 
         Raises:
-            HRMError: it is of another model, other data or other options.
+            HRMError: it is of another model, other data or other options, or not usable.
         """
-        training = saved.training or {}
-        old = training.get("fingerprint", {})
+        training, path = saved.training, self.folder.checkpoint("state")
+        with usable_state(path):
+            old = load_fingerprint(training)
         changed = [
             name if name == "data" else flag_name(self.options, name)
             for name, value in self.fingerprint.items()
@@ -429,10 +431,8 @@ class Trainer:
                 f"cannot resume the run in {self.folder.root}: {', '.join(changed)} changed"
             )
         self.model.load_state_dict(saved.weights)
-        for optimizer, content in zip(self.optimizers, training["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
-        self.scaler.load_state_dict(training["scaler"])
-        self.state = RunState(**training["run"])
+        with usable_state(path):
+            self.state = load_training(training, self.optimizers, self.scaler, len(self.data))
         saved.weights, saved.training = {}, None  # the caller keeps it for as long as the run takes
 
     def result(self, final_eval: Callable[[HRMModel], TextScore | PairScore]) -> TrainResult:
