@@ -156,7 +156,7 @@ def scored_as_generated(model: HRMModel, data: TSVDataset) -> tuple[int, int]:
     margins = [margin for *_, margin in score_targets(model, data)[[not pair.lm for pair in data]]]
     right = [answer.text == document_text(answer.pair.target) for answer in answers]
     assert [margin > 0 for margin in margins] == right
-    assert answer_pairs(model, data) == answers
+    assert all(answer_pairs(model, data, batch_size) == answers for batch_size in (64, 7))
     assert score_pairs(model, data) == score_answers(answers, pair_bits(model, data))
     full = [len(answer.pair.target) == data.max_len for answer in answers]
     return sum(right), sum(r and f for r, f in zip(right, full, strict=True))
@@ -173,7 +173,7 @@ KINDS = (
 def test_a_target_is_right_if_it_would_be_generated(kind: dict[str, object]) -> None:
     """Also if the answer ends where ``max_len`` is full, and the window has moved."""
     n_right = n_full = 0
-    for seed in range(3):
+    for seed in range(2):
         model = answering_model(seed, **kind)
         prompts = ["ñandú", "", *("".join(letters) * 4 for letters in product("abcd", repeat=2))]
         found = scored_as_generated(model, answerable_pairs(model, prompts))

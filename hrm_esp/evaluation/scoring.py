@@ -43,6 +43,7 @@ from .metrics import Interval, bootstrap_ratio, edit_distance, wilson_interval
 
 # nats; a decoder with caches rounds differently, so a smaller margin might have another sign there.
 MIN_MARGIN = 0.01
+MIN_RIGHT = 0.5  # share of right answers below which it is not faster to look for them first
 
 Progress = Callable[[int], object]  # called with the number of bytes or rows just done
 
@@ -250,22 +251,21 @@ def answer_pairs(
 ) -> list[Answer]:
     """Returns greedy answers to the rows with a target, in their order. An answer that is too long
     to be right is cut. Always in float32: answers must not depend on the batch."""
-    # Step 1: find the rows whose answer is the target, which takes a single pass.
-    max_len, margins = model.config.max_len, score_targets(model, data)[:, 2]
-    answers, indices = {}, []
-    for i, pair in enumerate(data):
-        if pair.lm:
-            continue
-        # Generation makes a space of a line break that the model does not know.
-        prompt = encode_prompt(document_text(pair.prompt), max_len, model.config.line_breaks)
-        if prompt == pair.prompt and margins[i] > MIN_MARGIN:
-            answers[i] = Answer(pair, document_text(pair.target))
-        else:
-            indices.append(i)
+    indices = [i for i, p in enumerate(data) if not p.lm]
+    indices.sort(key=lambda i: (len(data[i].target), len(data[i].prompt)))
+    # Step 1: find right answers, as long as there are many; long targets are last.
+    answers: dict[int, Answer] = {}
+    for begin in range(0, len(indices), batch_size):
+        group = indices[begin : begin + batch_size]
+        is_right = surely_right(model, TSVDataset([data[i] for i in group], data.max_len))
+        for i in itertools.compress(group, is_right):
+            answers[i] = Answer(data[i], document_text(data[i].target))
+        if len(answers) < MIN_RIGHT * (begin + len(group)):
+            break
     if progress is not None:
         progress(len(answers))
     # Step 2: generate the other answers.
-    indices.sort(key=lambda i: (len(data[i].target), len(data[i].prompt)))
+    indices = [i for i in indices if i not in answers]
     for begin in range(0, len(indices), batch_size):
         group = indices[begin : begin + batch_size]
         pairs = [data[i] for i in group]
@@ -280,6 +280,20 @@ def answer_pairs(
         if progress is not None:
             progress(len(group))
     return [answers[i] for i in sorted(answers)]
+
+
+def surely_right(model: HRMModel, data: TSVDataset) -> list[bool]:
+    """Returns for each row whether the generated answer will be the target; false if that is not
+    certain."""
+    config, margins = model.config, score_targets(model, data)[:, 2]
+    # Generation makes a space of a line break that the model does not know.
+    prompts = [
+        encode_prompt(document_text(p.prompt), config.max_len, config.line_breaks) for p in data
+    ]
+    return [
+        margin > MIN_MARGIN and prompt == pair.prompt
+        for margin, prompt, pair in zip(margins, prompts, data, strict=True)
+    ]
 
 
 def max_answer_len(pair: Pair) -> int:
