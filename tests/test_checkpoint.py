@@ -294,7 +294,7 @@ def test_a_state_that_is_not_usable_is_one_line(
               "--out_dir", "r", "--resume")  # fmt: skip
     assert out.returncode == 2, out.stderr
     line = out.stderr.splitlines()[-1]
-    assert line.startswith("hrm-esp: error: r/pretrain_state.pt is not a usable state: "), line
+    assert line.startswith("hrm-esp: error: r/pretrain_state.pt is not a usable "), line
     assert "Traceback" not in out.stderr
 
 
