@@ -109,10 +109,10 @@ def tensors(t: Tensor) -> Iterator[tuple[str, Any]]:
         yield "transposed", t.T.contiguous()
         yield "transposed view", t.T
         yield "csr", t.to_sparse_csr()
-    if t.dtype is torch.float32:
+    if t.is_floating_point():
         yield "gradient", t.clone().requires_grad_()
         yield "negative bit", torch._neg_view(t)
-        yield "quantized", torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)
+        yield "quantized", torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)
         yield "huge", torch.full_like(t, 3e38)
         yield "minus huge", torch.full_like(t, -3e38)
         yield "large", torch.full_like(t, 1e12)
@@ -122,7 +122,9 @@ def tensors(t: Tensor) -> Iterator[tuple[str, Any]]:
             yield str(value), other
         yield "all nan", torch.full_like(t, math.nan)
     else:
-        for value in (-1, 0, 300, 511, 2**31 - 1, -(2**31)):
+        info = torch.iinfo(t.dtype)
+        values = (-1, 0, 255, 300, 511, 2**31 - 1, -(2**31))
+        for value in (v for v in values if info.min <= v <= info.max):
             for index in (0, -1, len(t) // 2) if t.ndim else ():
                 other = t.clone()
                 other[index] = value

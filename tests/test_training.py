@@ -19,7 +19,7 @@ from hrm_esp.errors import HRMError, Interrupted, PeerLost
 from hrm_esp.evaluation import PairScore, evaluate, perplexity
 from hrm_esp.model import HRMModel, LossTerms
 from hrm_esp.training import Trainer, metrics_log, optim, train_ft, train_lm, trainer
-from hrm_esp.training.checkpoint import Checkpoint, load_checkpoint, load_model
+from hrm_esp.training.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from hrm_esp.training.early_stopping import Score, is_worse
 from hrm_esp.training.finetune import model_to_finetune, reinitialize_blocks
 from hrm_esp.training.loss import code_balance_loss, sinkhorn_assignment
@@ -635,7 +635,9 @@ def test_pretraining_trains_the_planner_only_with_denoising(corpus: Path, tmp_pa
     for denoise in (0.0, 0.5):
         given = options(tmp_path / str(denoise), steps=8, denoise=denoise)
         torch.manual_seed(given.seed)
-        start = HRMModel(replace(CONFIG, cross_attention=denoise > 0)).state_dict()
+        model = HRMModel(replace(CONFIG, cross_attention=denoise > 0))
+        save_checkpoint(Checkpoint(model.config, model.state_dict(), "pretrain"), tmp_path / "0.pt")
+        start = load_checkpoint(tmp_path / "0.pt").weights
         path = train_lm(corpus, CONFIG, given).last
         trained = load_checkpoint(path)
         assert trained.config.cross_attention == (denoise > 0)

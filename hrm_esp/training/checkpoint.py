@@ -18,17 +18,14 @@ from ..config import DEFAULT_DIR, HRMConfig
 from ..errors import HRMError
 from ..files import PathLike, atomic_write
 from ..model import HRMModel
-from ..model.skeleton import skeleton
-from ..ngrams.table import is_valid_table
-from ..options import check_fields, describe
+from ..options import check_fields
+from .weights import compact_weights, expand_weights, without_counts
 
-FORMAT = 5  # raised by every change after which older files cannot be read
+FORMAT = 6  # raised by every change after which older files cannot be read
 STAGES = ("pretrain", "finetune")
 COUNT = {"low": 0, "high": 2**53}  # bounds of a field that counts something
 # Of bits per byte: rounding may make them negative, and a byte of probability 0 infinite.
 BITS = {"low": -1, "high": 1e30, "finite": False}
-TABLE = "executor.ngrams.table."  # begins the names of the n-gram table, whose size varies
-GATE_SUMS = "executor.ngrams.gate_means.sums"
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Checkpoint:
     """The weights of a model, and what produced them.
 
     ``val_bpb``: held-out bits per byte, if measured. ``training``: what resuming needs, in
-    ``{stage}_state.pt`` only.
+    ``{stage}_state.pt`` only, whose weights lack the n-gram counts.
     """
 
     config: HRMConfig
@@ -52,8 +49,12 @@ class Checkpoint:
         """Builds the model, in evaluation mode. On the CPU it shares these weights.
 
         Raises:
-            HRMError: the weights do not fit the config.
+            HRMError: the weights do not fit the config, or it is a state to resume from.
         """
+        if self.training is not None:
+            raise HRMError(
+                "this is a state for --resume: give the checkpoint that ends in _last.pt"
+            )
         model = HRMModel(self.config)
         try:
             model.load_state_dict(self.weights, assign=True)
@@ -64,7 +65,8 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
-    """Writes a checkpoint atomically.
+    """Writes a checkpoint atomically: large tensors in bfloat16 and n-gram counts packed, or as a
+    state to resume from with exact weights and without counts.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -76,6 +78,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
         **{f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)},
         "config": asdict(checkpoint.config),
     }
+    if checkpoint.training is None:
+        content |= compact_weights(checkpoint.weights)
+    else:
+        content["weights"] = without_counts(checkpoint.weights)
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
@@ -113,15 +119,16 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
     if found < FORMAT:
         raise HRMError(f"{path} was written by an older hrm-esp: train it again")
     try:
-        content["config"] = HRMConfig(**content["config"])
+        content["config"] = config = HRMConfig(**content["config"])
+        counts = content.pop("counts", None)
         checkpoint = Checkpoint(**content)
         check_fields(checkpoint)
-        check_weights(checkpoint.weights, checkpoint.config)
+        is_state = checkpoint.training is not None
+        checkpoint.weights = expand_weights(checkpoint.weights, counts, config, is_state)
     except (TypeError, KeyError) as error:
         raise foreign from error
     except HRMError as error:
         raise HRMError(f"{path} is not a usable checkpoint: {error}; use another one") from error
-    checkpoint.weights = dict(checkpoint.weights)  # without attributes that the file may have set
     return checkpoint
 
 
@@ -148,53 +155,6 @@ def read_archive(path: Path) -> Any:
         raise HRMError(
             f"{path} is damaged, or not a checkpoint of hrm-esp: use another one"
         ) from error
-
-
-def check_weights(weights: Any, config: HRMConfig) -> None:
-    """Checks that weights from a file are those of a model of this config. Takes no memory that
-    depends on the config.
-
-    Raises:
-        HRMError: a name, shape, dtype or layout is another, or values are not finite or not valid.
-    """
-    if not isinstance(weights, dict):
-        raise HRMError(f"its weights are {describe(weights)}")
-    expected = skeleton(config).state_dict()
-    if unknown := [name for name in weights if name not in expected]:
-        raise HRMError(f"its weights have an unknown name, {describe(unknown[0])}")
-    for name, like in expected.items():
-        if name not in weights:
-            raise HRMError(f"its weights lack {name}")
-        check_tensor(name, weights[name], like, any_shape=name.startswith(TABLE))
-    if config.counts_ngrams:
-        if not is_valid_table(weights[f"{TABLE}entries"], weights[f"{TABLE}cumulative"]):
-            raise HRMError("its n-gram counts are not in order")
-        if weights[GATE_SUMS][..., -1].min() < 0:
-            raise HRMError(f"{GATE_SUMS} has negative counts")
-
-
-def check_tensor(name: str, found: Any, like: Tensor, any_shape: bool = False) -> None:
-    """Checks that a tensor from a file can take the place of another one, and is finite.
-
-    Args:
-        like: of any device.
-        any_shape: shapes may differ.
-
-    Raises:
-        HRMError: it cannot, or is not.
-    """
-    if type(found) is not Tensor:
-        raise HRMError(f"{name} is {describe(found)}, not a tensor")
-    is_plain = found.layout is torch.strided and found.device.type == "cpu"
-    is_plain = is_plain and not (found.is_nested or found.is_neg() or found.requires_grad)
-    if found.dtype is not like.dtype or not is_plain or not found.is_contiguous():
-        raise HRMError(f"{name} is not a dense tensor of {like.dtype}".replace("torch.", ""))
-    if found.shape != like.shape and not any_shape:
-        shapes = describe(str(tuple(found.shape)))[1:-1], tuple(like.shape)
-        raise HRMError("{} has shape {}, not {}".format(name, *shapes))
-    # A sum is finite only if all numbers are, and is the fastest test; it may also overflow.
-    if found.is_floating_point() and not (found.sum().isfinite() or found.isfinite().all()):
-        raise HRMError(f"{name} is not finite: the run diverged, train again with a lower --lr")
 
 
 def find_checkpoint(folder: PathLike = DEFAULT_DIR, stages: tuple[str, ...] = STAGES) -> Path:

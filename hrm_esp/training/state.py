@@ -18,8 +18,9 @@ from torch.optim import AdamW, Optimizer, SparseAdam
 
 from ..errors import HRMError
 from ..options import check_bounds, check_fields, describe
-from .checkpoint import BITS, COUNT, check_tensor
+from .checkpoint import BITS, COUNT
 from .optim import Muon
+from .weights import check_tensor
 
 SECONDS = {"low": 0, "high": 1e12}
 SHARE = {"low": 0, "high": 1}

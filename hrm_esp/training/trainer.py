@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -46,6 +47,7 @@ from .schedule import batch_shape, learning_rate
 from .signals import stop_signals
 from .state import RunState, StepStats, load_fingerprint, load_training, usable_state
 from .validation import MAX_VALIDATION_SHARE, N_VALIDATIONS, Validate, validation_size
+from .weights import COUNTS
 
 EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
@@ -104,6 +106,7 @@ class Trainer:
         # State and files.
         self.state = RunState()
         self.fingerprint = resume_fingerprint(options) | {"data": data_id}
+        self.fingerprint["n-gram counts"] = counts_checksum(model)
         self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
         self.last_nll = 0.0
         self.is_first = rank() == 0  # the process that logs, validates and saves
@@ -420,7 +423,7 @@ class Trainer:
         with usable_state(path):
             old = load_fingerprint(training)
         changed = [
-            name if name == "data" else flag_name(self.options, name)
+            name if name in ("data", "n-gram counts") else flag_name(self.options, name)
             for name, value in self.fingerprint.items()
             if old.get(name) != value
         ]
@@ -430,7 +433,8 @@ class Trainer:
             raise HRMError(
                 f"cannot resume the run in {self.folder.root}: {', '.join(changed)} changed"
             )
-        self.model.load_state_dict(saved.weights)
+        counts = {name: t for name, t in self.model.state_dict().items() if name in COUNTS}
+        self.model.load_state_dict(saved.weights | counts)
         with usable_state(path):
             self.state = load_training(training, self.optimizers, self.scaler, len(self.data))
         saved.weights, saved.training = {}, None  # the caller keeps it for as long as the run takes
@@ -466,6 +470,15 @@ def resume_fingerprint(options: TrainConfig) -> dict[str, Any]:
     """Returns the options that a resumed run must have in common with the saved one."""
     free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every", "sample_prompt"}
     return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
+
+
+def counts_checksum(model: HRMModel) -> int:
+    """Returns a checksum of the n-gram counts, which a saved state does not contain."""
+    checksum = 0
+    for name, tensor in model.state_dict().items():
+        if name in COUNTS:
+            checksum = zlib.crc32(tensor.cpu().numpy().data, checksum)
+    return checksum
 
 
 def describe_run(stage: str, model: HRMModel, dtype: torch.dtype, data: str = "") -> None:
