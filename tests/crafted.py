@@ -104,7 +104,8 @@ def tensors(t: Tensor) -> Iterator[tuple[str, Any]]:
     if t.ndim:
         yield "sparse", t.to_sparse()
         yield "cut", t[:-1]
-        yield "huge view", t.flatten()[:1].expand(10**12)
+        if t.numel():
+            yield "huge view", t.flatten()[:1].expand(10**12)
     if t.ndim == 2:
         yield "transposed", t.T.contiguous()
         yield "transposed view", t.T
@@ -118,14 +119,14 @@ def tensors(t: Tensor) -> Iterator[tuple[str, Any]]:
         yield "large", torch.full_like(t, 1e12)
         for value in (math.nan, math.inf, -math.inf):
             other = t.clone()
-            other.view(-1)[-1] = value
+            other.view(-1)[-1:] = value
             yield str(value), other
         yield "all nan", torch.full_like(t, math.nan)
     else:
         info = torch.iinfo(t.dtype)
         values = (-1, 0, 255, 300, 511, 2**31 - 1, -(2**31))
         for value in (v for v in values if info.min <= v <= info.max):
-            for index in (0, -1, len(t) // 2) if t.ndim else ():
+            for index in (0, -1, len(t) // 2) if t.ndim and len(t) else ():
                 other = t.clone()
                 other[index] = value
                 yield f"{value} at {index}", other
