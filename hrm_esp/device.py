@@ -116,13 +116,29 @@ class AdaptiveThreads:
 _adaptive: AdaptiveThreads | None = None
 
 
+def has_own_threads() -> bool:
+    """Whether the user has set a number of CPU threads."""
+    return "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+
+
+def limit_to_usable_cpus() -> None:
+    """Uses no more CPU threads than a container grants, unless the user has set a number."""
+    if not has_own_threads():
+        torch.set_num_threads(min(torch.get_num_threads(), n_usable_cpus()))
+
+
+def start_adapting_threads() -> None:
+    """Makes `adapt_threads` work from now on, unless the user has set a number of threads."""
+    global _adaptive
+    _adaptive = None if has_own_threads() else AdaptiveThreads()
+
+
 @contextmanager
 def adaptive_threads() -> Iterator[None]:
     """Makes `adapt_threads` work inside the block."""
     global _adaptive
-    is_set = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
-    before, _adaptive = _adaptive, None if is_set else AdaptiveThreads()
-    n_threads = torch.get_num_threads()
+    before, n_threads = _adaptive, torch.get_num_threads()
+    start_adapting_threads()
     try:
         yield
     finally:
@@ -134,6 +150,11 @@ def adapt_threads() -> None:
     """To be called between two steps of what takes long, see `AdaptiveThreads`."""
     if _adaptive is not None:
         _adaptive.adapt()
+
+
+def run_eagerly(is_compiled: bool) -> AbstractContextManager[None]:
+    """Runs compiled blocks uncompiled, for evaluation: its shapes change at every call."""
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def keep_freed_memory() -> None:

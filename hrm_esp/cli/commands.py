@@ -36,6 +36,8 @@ from ..streams import STDERR, flush_stdout, require_stdout
 from .parser import from_args, options
 
 if TYPE_CHECKING:
+    import torch
+
     from ..data import Table
     from ..generation import Completion
     from ..model import HRMModel
@@ -49,10 +51,9 @@ def pretrain(args: argparse.Namespace) -> None:
     config = from_args(HRMConfig, args, **SIZES[args.size])
     train_options = from_args(PretrainConfig, args)
 
-    from ..device import choose_device
     from ..training import train_lm
 
-    device = choose_device(args.device, args.cpu)
+    device = choose_device(args)
     result = train_lm(args.corpus or [STORIES], config, train_options, val=args.val, device=device)
     print_result(result)
 
@@ -70,16 +71,23 @@ def finetune(args: argparse.Namespace) -> None:
         if given := sorted(of_new_model & vars(args).keys()):
             raise HRMError(f"--set {given[0]} is for a new model: give --from_scratch, too")
 
-    from ..device import choose_device
     from ..training import find_checkpoint, train_ft
 
-    device = choose_device(args.device, args.cpu)
+    device = choose_device(args)
     start = args.ckpt
     if args.from_scratch:
         start = from_args(HRMConfig, args, **SIZES[args.size or "small"])
     elif start is None:
         start = find_checkpoint(DEFAULT_DIR, ("pretrain",))
     print_result(train_ft(args.table or NUMBERS, start, train_options, val=args.val, device=device))
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """Returns the device of --device and --cpu, and sets the number of CPU threads."""
+    from .. import device
+
+    device.limit_to_usable_cpus()
+    return device.choose_device(args.device, args.cpu)
 
 
 def print_result(result: TrainResult) -> None:
@@ -101,9 +109,10 @@ def load_model(args: argparse.Namespace) -> HRMModel:
     gc.disable()  # imports create no garbage, and looking for it takes 0.1 s
     try:
         from .. import training
-        from ..device import choose_device
+        from ..device import start_adapting_threads
 
-        model = training.load_model(args.ckpt, choose_device(args.device, args.cpu))
+        model = training.load_model(args.ckpt, choose_device(args))
+        start_adapting_threads()
         gc.freeze()
     finally:
         gc.enable()

@@ -31,7 +31,7 @@ from ..data import (
     load_stream,
     truncate_utf8,
 )
-from ..device import autocast, choose_precision, eval_mode
+from ..device import adapt_threads, autocast, choose_precision, eval_mode
 from ..errors import HRMError
 from ..files import PathLike
 from ..generation import generate_batch, window_start, window_stride
@@ -107,6 +107,7 @@ class Answer(NamedTuple):
 @torch.inference_mode()
 def batch_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> np.ndarray:
     """Returns the bits of the targets of each row, (B,)."""
+    adapt_threads()
     batch = batch.to(model.device)
     with autocast(model.device, dtype):
         nll = model.nll(*batch).mixture
@@ -206,6 +207,7 @@ def score_targets(
     scores: dict[Pair, tuple[float, int, float]] = {}
     with eval_mode(model):
         for pairs in data.groups(batch_size, np.arange(len(data))):
+            adapt_threads()
             batch = data.collate(pairs).to(model.device)
             with autocast(model.device, dtype):
                 plan, encoded = model.encode_prompt(batch.prompt_ids, batch.cross_attends)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..device import autocast, limit_threads
+from ..device import adapt_threads, autocast, limit_threads
 from ..model import EncoderOutput, Executor, ExecutorCache, HRMModel
 from ..model.embeddings import character_positions
 from ..ngrams import ContextMatch, NgramContext, draft_probs
@@ -184,6 +184,7 @@ class Decoder:
     def _threads(self, n: int) -> AbstractContextManager[None]:
         """Limits the CPU threads for n tokens per row. On two cores two threads are a third faster
         for the tokens of a draft, and slower for a single one."""
+        adapt_threads()
         is_small = len(self.rows) == 1 and n < 64
         return limit_threads(1 if n < 4 else 2) if is_small else nullcontext()
 

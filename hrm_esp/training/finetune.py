@@ -23,8 +23,9 @@ from ..model import HRMModel
 from .checkpoint import Checkpoint, load_checkpoint
 from .early_stopping import Score
 from .memory import check_memory
+from .metrics_log import describe_run
 from .run_folder import open_run
-from .trainer import Trainer, TrainResult, describe_run
+from .trainer import Trainer, TrainResult
 
 VAL_ROWS, FINAL_VAL_ROWS = 200, 1000  # scored at a validation, at most, and at the end
 READING = ("encoding", "prompt_col", "target_col", "lm")  # options of `dataset_tsv`

@@ -6,13 +6,16 @@ import math
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..console import print0
+from ..distributed import world_size
 from ..evaluation import perplexity
 from ..files import atomic_write
 from ..json_lines import describe_skipped, parse_entry, to_json
+from ..model import HRMModel
 from ..streams import STDERR
 from .state import RunState, StepStats
 
@@ -152,3 +155,13 @@ class Meter:
                 skipped_steps=state.skipped_total,
             )
             self.reset()
+
+
+def describe_run(stage: str, model: HRMModel, dtype: torch.dtype, data: str = "") -> None:
+    """Prints what is about to be trained, and on what."""
+    precision = str(dtype).removeprefix("torch.")
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    print0(
+        f"{stage}: {model.n_parameters():,} parameters{data}; "
+        f"{model.device} in {precision}{processes}"
+    )

@@ -45,6 +45,17 @@ class Parameters:
     def dense(self) -> list[nn.Parameter]:
         return self.blocks + self.rest
 
+    def clip_gradients(self, max_norm: float) -> float:
+        """Clips the gradients, n-gram embeddings aside; returns the norm of all before, not finite
+        if any of them is not."""
+        norm = nn.utils.clip_grad_norm_(self.dense, max_norm)
+        for table in self.tables:
+            if table.grad is not None:
+                if table.grad.is_sparse:
+                    table.grad = table.grad.coalesce()  # once, for the optimizer too
+                norm = norm + table.grad.norm()
+        return norm.item()
+
 
 class Muon(torch.optim.Muon):
     """Muon (Jordan et al. 2024) with update sizes that match AdamW's (Liu et al. 2025, section

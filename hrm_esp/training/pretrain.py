@@ -24,8 +24,9 @@ from ..files import PathLike
 from ..model import HRMModel
 from .early_stopping import Score
 from .memory import check_memory
+from .metrics_log import describe_run
 from .run_folder import open_run
-from .trainer import Trainer, TrainResult, describe_run
+from .trainer import Trainer, TrainResult
 
 VAL_BYTES = 16_384  # of the held-out text, scored at a validation, at most
 FINAL_VAL_BYTES = 1_000_000  # scored at the end

@@ -1,35 +1,20 @@
-"""Where a run stands, what is saved of it, and what a step gave.
+"""Where a run stands, and what a step gave.
 
 Shapes: K codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.amp import GradScaler
-from torch.optim import AdamW, Optimizer, SparseAdam
 
-from ..errors import HRMError
-from ..options import check_bounds, check_fields, describe
 from .checkpoint import BITS, COUNT
-from .optim import Muon
-from .weights import check_tensor
 
 SECONDS = {"low": 0, "high": 1e12}
 SHARE = {"low": 0, "high": 1}
 SCALE = {"above": 0, "high": 1}
-MOMENTS: dict[type[Optimizer], tuple[str, ...]] = {
-    Muon: ("momentum_buffer",),
-    AdamW: ("exp_avg", "exp_avg_sq"),
-    SparseAdam: ("exp_avg", "exp_avg_sq"),
-}
 
 
 def rule(default: Any, rules: dict[str, Any]) -> Any:
@@ -85,134 +70,3 @@ class StepStats:
     grad_norm: float
     lr: float
     code_counts: Tensor | None
-
-
-@contextmanager
-def usable_state(path: Path) -> Iterator[None]:
-    """Names the file in the HRMErrors of the functions below: they read ``Checkpoint.training``."""
-    try:
-        yield
-    except HRMError as error:
-        raise HRMError(
-            f"{path} is not a usable state: {error}; start again with --overwrite"
-        ) from error
-
-
-def saved_part(training: Any, name: str, kind: type) -> Any:
-    """Returns a part of ``Checkpoint.training``.
-
-    Raises:
-        HRMError: it is missing, or of another type.
-    """
-    part = training.get(name) if isinstance(training, dict) else None
-    if not isinstance(part, kind):
-        raise HRMError(f"{name} is {describe(part)}")
-    return part
-
-
-def load_training(
-    training: Any, optimizers: list[Optimizer], scaler: GradScaler, n_items: int
-) -> RunState:
-    """Loads what is saved of the optimizers and of the scaler, and returns where the run stands.
-
-    Args:
-        n_items: windows or pairs of an epoch.
-
-    Raises:
-        HRMError: something is missing, of another kind, or not finite.
-    """
-    load_optimizers(training, optimizers)
-    load_scaler(training, scaler)
-    return load_run(training, n_items)
-
-
-def load_run(training: Any, n_items: int) -> RunState:
-    """Returns where a saved run stands.
-
-    Args:
-        n_items: windows or pairs of an epoch.
-
-    Raises:
-        HRMError: it can stand nowhere near.
-    """
-    try:
-        state = RunState(**saved_part(training, "run", dict))
-    except TypeError as error:
-        raise HRMError("run has other fields") from error
-    check_fields(state)
-    check_bounds("item", state.item, below=n_items)
-    return state
-
-
-def load_fingerprint(training: Any) -> dict[str, Any]:
-    """Returns the options that a run was saved with.
-
-    Raises:
-        HRMError: they are not of plain types.
-    """
-    options: dict[str, Any] = saved_part(training, "fingerprint", dict)
-    if not all(v is None or isinstance(v, str | int | float) for v in options.values()):
-        raise HRMError("fingerprint holds other types")
-    return options
-
-
-def load_optimizers(training: Any, optimizers: list[Optimizer]) -> None:
-    """Loads the saved moments. The options of the optimizers stay: they follow from those of the
-    run.
-
-    Raises:
-        HRMError: they are of other optimizers, or not finite.
-    """
-    saved = saved_part(training, "optimizers", list)
-    if len(saved) != len(optimizers):
-        raise HRMError(f"there are {len(saved)} optimizers, not {len(optimizers)}")
-    for optimizer, content in zip(optimizers, saved, strict=True):
-        states = saved_part(content, "state", dict)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, moments in states.items():
-            if type(index) is not int or not 0 <= index < len(parameters):
-                raise HRMError(f"an optimizer has no parameter {describe(index)}")
-            check_moments(optimizer, moments, parameters[index])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-def check_moments(optimizer: Optimizer, moments: Any, parameter: Tensor) -> None:
-    """Checks what is saved of an optimizer for one parameter.
-
-    Raises:
-        HRMError: it is of another optimizer or parameter, or not finite.
-    """
-    names, has_step = MOMENTS[type(optimizer)], not isinstance(optimizer, Muon)
-    if not isinstance(moments, dict) or moments.keys() != {*names, *["step"] * has_step}:
-        raise HRMError(f"an optimizer is not {type(optimizer).__name__}")
-    for name in names:
-        check_tensor(name, moments[name], parameter)
-    if "exp_avg_sq" in moments and moments["exp_avg_sq"].min() < 0:
-        raise HRMError("exp_avg_sq has negative values")
-    if not has_step:
-        return
-    step = moments["step"]
-    if isinstance(optimizer, AdamW):
-        check_tensor("step", step, torch.tensor(0.0))
-        step = step.item()
-    elif type(step) is not int:
-        raise HRMError(f"step is {describe(step)}")
-    check_bounds("step", step, **COUNT)
-
-
-def load_scaler(training: Any, scaler: GradScaler) -> None:
-    """Loads the saved scale of the gradients. Without one, as after training on another device, the
-    scaler starts anew.
-
-    Raises:
-        HRMError: it is no scale.
-    """
-    saved, own = saved_part(training, "scaler", dict), scaler.state_dict()
-    if not saved or not own:
-        return
-    scale, tracker = saved.get("scale"), saved.get("_growth_tracker")
-    is_scale = type(scale) is float and 0 < scale < torch.finfo(torch.float32).max
-    if not is_scale or type(tracker) is not int or not 0 <= tracker <= own["growth_interval"]:
-        raise HRMError("scaler holds no scale")
-    scaler.load_state_dict(own | {"scale": scale, "_growth_tracker": tracker})

@@ -5,22 +5,27 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from .. import __version__
 from ..config import TrainConfig
 from ..console import print0
 from ..data import Batch, Dataset, Shard
-from ..device import autocast, choose_precision, keep_freed_memory
+from ..device import (
+    adapt_threads,
+    adaptive_threads,
+    autocast,
+    choose_precision,
+    keep_freed_memory,
+    run_eagerly,
+)
 from ..distributed import (
     all_reduce_sum,
     barrier,
@@ -35,18 +40,24 @@ from ..errors import HRMError, Interrupted, PeerLost
 from ..evaluation import PairScore, TextScore
 from ..generation import generate
 from ..model import HRMModel
-from ..options import flag_name
 from .checkpoint import Checkpoint, load_checkpoint
 from .clock import RunningClock
 from .early_stopping import is_best, is_worse
 from .loss import BatchSizes, LossModule, code_counts
 from .metrics_log import Meter, MetricsLog
 from .optim import Parameters, build_optimizers, set_learning_rate, set_sparse_tables
+from .resume import (
+    changed_options,
+    load_fingerprint,
+    load_training,
+    resume_fingerprint,
+    usable_state,
+)
 from .run_folder import RunFolder
 from .schedule import batch_shape, learning_rate
 from .signals import stop_signals
-from .state import RunState, StepStats, load_fingerprint, load_training, usable_state
-from .validation import MAX_VALIDATION_SHARE, N_VALIDATIONS, Validate, validation_size
+from .state import RunState, StepStats
+from .validation import Validate, is_due, validation_size
 from .weights import COUNTS
 
 EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
@@ -105,8 +116,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         # State and files.
         self.state = RunState()
-        self.fingerprint = resume_fingerprint(options) | {"data": data_id}
-        self.fingerprint["n-gram counts"] = counts_checksum(model)
+        self.fingerprint = resume_fingerprint(options, model, data_id)
         self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
         self.last_nll = 0.0
         self.is_first = rank() == 0  # the process that logs, validates and saves
@@ -139,7 +149,10 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model.train()
+        # The results of a run of so many steps must not depend on what else the machine does.
+        is_timed = self.options.minutes is not None
         with (
+            adaptive_threads() if is_timed else nullcontext(),
             RunningClock(state.seconds) as clock,
             stop_signals() as stop_requested,
             self.folder.report_write_errors(),
@@ -147,12 +160,16 @@ class Trainer:
         ):
             try:
                 for n_done, batches in self.batches():
+                    adapt_threads()
                     step = self.train_step(batches)
                     state.advance(step, n_done, len(self.data), clock.seconds())
                     if meter is not None:  # in the first process
                         meter.update(step)
                         meter.show(self.progress(), step.lr)
-                        self.maybe_validate(meter.log)
+                        if self.validate is not None and is_due(
+                            state, self.progress(), self.options.minutes
+                        ):
+                            self.run_validation(meter.log)
                         if state.epoch > last_epoch:
                             last_epoch = state.epoch
                             self.save_epoch()
@@ -237,7 +254,7 @@ class Trainer:
         gradient norm before clipping."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = self.clip_gradients()
+        norm = self.parameters.clip_gradients(self.options.grad_clip or math.inf)
         if math.isfinite(norm):
             self.state.skipped = 0
             for optimizer in self.optimizers:
@@ -262,16 +279,6 @@ class Trainer:
             f"--set precision=fp32; {saved}"
         )
 
-    def clip_gradients(self) -> float:
-        """Clips the gradients; returns their norm before, not finite if any of them is not."""
-        norm = nn.utils.clip_grad_norm_(self.parameters.dense, self.options.grad_clip or math.inf)
-        for table in self.parameters.tables:
-            if table.grad is not None:
-                if table.grad.is_sparse:
-                    table.grad = table.grad.coalesce()  # once, for the optimizer too
-                norm = norm + table.grad.norm()
-        return norm.item()
-
     def progress(self) -> float:
         """Returns the fraction of the run that is done, 0 to 1."""
         options, state = self.options, self.state
@@ -292,20 +299,6 @@ class Trainer:
         state.seconds, state.horizon_scale, n_to_stop = all_reduce_sum(*own, float(stop))
         return n_to_stop > 0
 
-    def maybe_validate(self, log: MetricsLog) -> None:
-        """Validates if it is time: `N_VALIDATIONS` times per run, in a timed run fewer if that
-        takes more than `MAX_VALIDATION_SHARE`. The last validation is that of `finish`."""
-        state, progress, minutes = self.state, self.progress(), self.options.minutes
-        n_due = int(progress * N_VALIDATIONS)
-        if self.validate is None or not state.n_validations < n_due < N_VALIDATIONS:
-            return
-        if minutes is not None:
-            seconds = (progress - state.val_progress) * state.horizon_scale * 60 * minutes
-            if state.validation_seconds > MAX_VALIDATION_SHARE * seconds:
-                return
-        state.n_validations = n_due
-        self.run_validation(log)
-
     def run_validation(self, log: MetricsLog) -> None:
         """Scores held-out data, saves the model if it is the best so far, and ends the run early if
         it is past its best.
@@ -315,7 +308,7 @@ class Trainer:
         """
         assert self.validate is not None
         state, minutes = self.state, self.options.minutes
-        with run_eagerly(self.options):
+        with run_eagerly(self.options.compile):
             if state.validation_size is None:
                 state.validation_size = validation_size(self.validate, self.model, minutes)
             start = time.perf_counter()
@@ -348,7 +341,7 @@ class Trainer:
     def show_sample(self, prompt: str) -> None:
         """Shows what the model writes after a prompt."""
         mode = "answer" if self.stage == "finetune" else "continue"
-        with run_eagerly(self.options):
+        with run_eagerly(self.options.compile):
             text = generate(self.model, prompt, mode=mode, max_new_tokens=SAMPLE_LEN, seed=0)
         shown = f"{prompt} -> {text}" if mode == "answer" else prompt + text
         print0(f"sample: {' '.join(shown.split())}")
@@ -419,14 +412,10 @@ class Trainer:
         Raises:
             HRMError: it is of another model, other data or other options, or not usable.
         """
-        training, path = saved.training, self.folder.checkpoint("state")
+        path = self.folder.checkpoint("state")
         with usable_state(path):
-            old = load_fingerprint(training)
-        changed = [
-            name if name in ("data", "n-gram counts") else flag_name(self.options, name)
-            for name, value in self.fingerprint.items()
-            if old.get(name) != value
-        ]
+            old = load_fingerprint(saved.training)
+        changed = changed_options(self.options, old, self.fingerprint)
         if saved.config != self.model.config:
             changed.append("the model")
         if changed:
@@ -436,7 +425,7 @@ class Trainer:
         counts = {name: t for name, t in self.model.state_dict().items() if name in COUNTS}
         self.model.load_state_dict(saved.weights | counts)
         with usable_state(path):
-            self.state = load_training(training, self.optimizers, self.scaler, len(self.data))
+            self.state = load_training(saved.training, self.optimizers, self.scaler, len(self.data))
         saved.weights, saved.training = {}, None  # the caller keeps it for as long as the run takes
 
     def result(self, final_eval: Callable[[HRMModel], TextScore | PairScore]) -> TrainResult:
@@ -447,7 +436,7 @@ class Trainer:
         if self.is_first and self.validate is not None:
             self.model.load_state_dict(load_checkpoint(best).weights)
             try:
-                with run_eagerly(self.options):
+                with run_eagerly(self.options.compile):
                     score = final_eval(self.model)
             except KeyboardInterrupt as error:
                 raise Interrupted from error
@@ -459,33 +448,3 @@ class Trainer:
 def noise_seed(*key: int) -> int:
     """Returns a 64-bit seed for a key."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-def run_eagerly(options: TrainConfig) -> AbstractContextManager[None]:
-    """Runs compiled blocks uncompiled, for evaluation: its shapes change at every call."""
-    return torch.compiler.set_stance("force_eager") if options.compile else nullcontext()
-
-
-def resume_fingerprint(options: TrainConfig) -> dict[str, Any]:
-    """Returns the options that a resumed run must have in common with the saved one."""
-    free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every", "sample_prompt"}
-    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
-
-
-def counts_checksum(model: HRMModel) -> int:
-    """Returns a checksum of the n-gram counts, which a saved state does not contain."""
-    checksum = 0
-    for name, tensor in model.state_dict().items():
-        if name in COUNTS:
-            checksum = zlib.crc32(tensor.cpu().numpy().data, checksum)
-    return checksum
-
-
-def describe_run(stage: str, model: HRMModel, dtype: torch.dtype, data: str = "") -> None:
-    """Prints what is about to be trained, and on what."""
-    precision = str(dtype).removeprefix("torch.")
-    processes = f", {world_size()} processes" if world_size() > 1 else ""
-    print0(
-        f"{stage}: {model.n_parameters():,} parameters{data}; "
-        f"{model.device} in {precision}{processes}"
-    )

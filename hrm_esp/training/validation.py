@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..model import HRMModel
 from .early_stopping import Score
+from .state import RunState
 
 N_VALIDATIONS = 8  # per run, evenly spaced
 VALIDATION_SHARE = 0.05  # of the time of a timed run: what the size of a validation aims at
@@ -28,3 +29,18 @@ def validation_size(validate: Validate, model: HRMModel, minutes: float | None) 
     seconds = time.perf_counter() - start
     affordable_seconds = 60 * minutes * VALIDATION_SHARE / N_VALIDATIONS
     return min(1.0, MIN_SIZE * max(1.0, affordable_seconds / seconds))
+
+
+def is_due(state: RunState, progress: float, minutes: float | None) -> bool:
+    """Whether it is time to validate, and counts it then: `N_VALIDATIONS` times per run, in a timed
+    run fewer if that takes more than `MAX_VALIDATION_SHARE`. The last one is not counted: it comes
+    after the end."""
+    n_due = int(progress * N_VALIDATIONS)
+    if not state.n_validations < n_due < N_VALIDATIONS:
+        return False
+    if minutes is not None:
+        seconds = (progress - state.val_progress) * state.horizon_scale * 60 * minutes
+        if state.validation_seconds > MAX_VALIDATION_SHARE * seconds:
+            return False
+    state.n_validations = n_due
+    return True
