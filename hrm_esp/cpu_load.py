@@ -1,7 +1,4 @@
-"""How many CPUs this process may use, and how many of them other processes use.
-
-This module does not import torch: what it sets has to be set before.
-"""
+"""How many CPUs this process may use, and how many of them other processes use."""
 
 from __future__ import annotations
 
@@ -9,17 +6,7 @@ import os
 import time
 from pathlib import Path
 
-# How often an idle thread of libgomp looks for work before it sleeps. By default it does so for
-# milliseconds, on a CPU that another process could use; and the other threads then wait for that
-# process.
-SPIN_COUNT = 10_000
-OPENMP_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-
-
-def limit_spinning() -> None:
-    """Sets how long OpenMP's threads spin, before torch is imported, unless the user has."""
-    if not any(name in os.environ for name in OPENMP_VARIABLES):
-        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def n_usable_cpus() -> int:
@@ -36,13 +23,12 @@ def own_cpus() -> set[int]:
 
 def cpu_quota() -> float | None:
     """Returns how many CPUs' time a Linux control group grants, ``None`` if it is unlimited."""
-    root = Path("/sys/fs/cgroup")
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:  # version 1
-            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text()
-            period = (root / "cpu" / "cpu.cfs_period_us").read_text()
+            quota = (CGROUP / "cpu" / "cpu.cfs_quota_us").read_text()
+            period = (CGROUP / "cpu" / "cpu.cfs_period_us").read_text()
         except OSError:
             return None
     try:
@@ -85,3 +71,6 @@ def busy_seconds() -> float | None:
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, times[:8])
             busy += user + nice + system + irq + softirq + steal
     return busy / ticks
+
+
+SINCE_START = LoadMeter()  # measures from the start of the process

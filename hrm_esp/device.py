@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
-from .cpu_load import LoadMeter, n_usable_cpus
+from .cpu_load import SINCE_START, n_usable_cpus
 from .errors import HRMError
 
 LOAD_SECONDS = 1.0  # between two looks at what other processes do
@@ -91,26 +91,24 @@ def limit_threads(n_threads: int) -> Iterator[None]:
 
 class AdaptiveThreads:
     """Uses fewer CPU threads while other processes use the CPUs: an operation ends when its slowest
-    thread does.
+    thread does, and threads that wait use their CPU, too.
 
-    Results depend on the number of threads, in the last digits. Does nothing where the user has
-    set a number of threads, and where the system does not say how busy it is.
+    Results depend on the number of threads, in the last digits. Does nothing where the system does
+    not say how busy it is.
     """
 
     def __init__(self) -> None:
-        self.max_threads = torch.get_num_threads()
-        self.n_cpus, self.meter = n_usable_cpus(), LoadMeter()
-        self.looked_at = time.perf_counter()
+        self.max_threads, self.n_cpus = torch.get_num_threads(), n_usable_cpus()
+        self.meter = SINCE_START
+        self.adapt()
 
     def adapt(self) -> None:
         """Sets the number of threads of the calling thread, at most once per second."""
-        now = time.perf_counter()
-        if now - self.looked_at < LOAD_SECONDS:
+        if time.perf_counter() - self.meter.at < LOAD_SECONDS:
             return
-        self.looked_at, others = now, self.meter.others()
+        others = self.meter.others()
         if others is not None:
-            n = min(self.max_threads, round(self.n_cpus - others))
-            torch.set_num_threads(max(1, n))
+            torch.set_num_threads(max(1, min(self.max_threads, round(self.n_cpus - others))))
 
 
 _adaptive: AdaptiveThreads | None = None

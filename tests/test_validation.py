@@ -33,6 +33,7 @@ def test_a_run_of_two_minutes_validates_at_least_five_times(
     clock = 0.0
     for module in (trainer, validation, metrics_log):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock))
+    monkeypatch.setattr(trainer.RunningClock, "seconds", lambda _: clock)
 
     class SlowDataset(LMDataset):
         def batches(self, *args: Any, **keywords: Any) -> Iterator[tuple[int, Batch]]:

@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from ..cpu_load import limit_spinning
 from ..errors import HRMError, Interrupted, PeerLost
 from ..launch import launched_rank
 from ..streams import STDERR, discard_output, flush_stdout, prepare_standard_streams
@@ -32,7 +31,6 @@ def run_command(argv: Sequence[str]) -> int:
     except HRMError as error:  # the same in all processes: only the first reports it
         return 2 if launched_rank() else report_error(str(error))
     try:
-        limit_spinning()
         COMMANDS[args.command](args)
         if sys.stdout is not None:
             sys.stdout.flush()
