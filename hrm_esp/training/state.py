@@ -21,7 +21,7 @@ class RunState:
     seconds: float = 0.0
     n_validations: int = 0  # that were due so far
     validation_size: float | None = None  # part of the validation data that is scored
-    validation_seconds: float = 0.0  # that the last validation took
+    validation_seconds: float = 0.0  # of the shortest validation: a busy machine slows others down
     val_bpb: float | None = None
     val_errors: float | None = None
     val_progress: float = 0.0  # when they were measured, as a fraction of the run

@@ -302,7 +302,8 @@ class Trainer:
                 state.validation_size = validation_size(self.validate, self.model, minutes)
             start = time.perf_counter()
             score = self.validate(self.model, state.validation_size)
-        state.validation_seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        state.validation_seconds = min(seconds, state.validation_seconds or math.inf)
         state.val_errors, state.val_bpb = score.errors, score.bpb
         exact_match = None if score.errors is None else 1 - score.errors
         log.add(state, val_bpb=score.bpb, val_exact_match=exact_match)
