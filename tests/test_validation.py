@@ -28,7 +28,8 @@ def validations(folder: Path, stage: str) -> list[dict[str, float]]:
 def test_a_run_of_two_minutes_validates_at_least_five_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: int, seconds: float
 ) -> None:
-    """Whatever it takes to score all validation data, up to 20% of the run. The clock moves by a
+    """Whatever it takes to score all validation data, up to 20% of the run, and also if one
+    validation takes a tenth of the run, because the machine was busy. The clock moves by a
     sixtieth of the run in each step, and when the model validates."""
     clock = 0.0
     for module in (trainer, validation, metrics_log):
@@ -46,8 +47,8 @@ def test_a_run_of_two_minutes_validates_at_least_five_times(
 
     def validate(model: HRMModel, size: float) -> Score:
         nonlocal clock
-        clock += seconds * size
         sizes.append(size)
+        clock += 6 * minutes if len(sizes) == 4 else seconds * size
         return Score(0.5, 1.0, 200)
 
     data = SlowDataset(np.frombuffer(TEXT.encode(), dtype=np.uint8), CONFIG.max_len)
@@ -63,7 +64,7 @@ def test_a_run_of_two_minutes_validates_at_least_five_times(
     # They are even: no score shown is older than a third of the run.
     gaps = np.diff([0, *times])
     assert gaps.max() < 1 / 3
-    during_run = sum(sizes[:-1]) * seconds
+    during_run = sum(sizes[:-1]) * seconds  # without the one that took so long
     assert during_run < 0.13 * 60 * minutes
 
 

@@ -33,7 +33,8 @@ class RunState:
     seconds: float = rule(0.0, SECONDS)
     n_validations: int = rule(0, COUNT)  # that were due so far
     validation_size: float | None = rule(None, SCALE)  # part of the validation data scored
-    validation_seconds: float = rule(0.0, SECONDS)  # that the last validation took
+    # Of the shortest validation: a busy machine slows others down.
+    validation_seconds: float = rule(0.0, SECONDS)
     val_bpb: float | None = rule(None, BITS)
     val_errors: float | None = rule(None, SHARE)
     val_progress: float = rule(0.0, SHARE)  # when they were measured, as a fraction of the run

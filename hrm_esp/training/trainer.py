@@ -313,7 +313,8 @@ class Trainer:
                 state.validation_size = validation_size(self.validate, self.model, minutes)
             start = time.perf_counter()
             score = self.validate(self.model, state.validation_size)
-        state.validation_seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        state.validation_seconds = min(seconds, state.validation_seconds or math.inf)
         if not math.isfinite(score.bpb):
             raise self.diverged(f"the held-out score is {score.bpb}")
         state.val_errors, state.val_bpb = score.errors, score.bpb
