@@ -434,16 +434,16 @@ def test_a_plan_learns_to_predict_the_bytes_of_its_text(tmp_path: Path) -> None:
 def test_a_step_cut_short_by_a_lost_process_changes_nothing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gumbel: bool
 ) -> None:
-    config, clip, calls = replace(CONFIG, gumbel=gumbel), Trainer.clip_gradients, iter(range(99))
+    config, step, calls = replace(CONFIG, gumbel=gumbel), Trainer.optimizer_step, iter(range(99))
 
     def lost_once(self: Trainer) -> float:
         if next(calls) == 3:
             raise PeerLost
-        return clip(self)
+        return step(self)
 
     whole = train_lm(corpus, config, options(tmp_path / "a"))
     with monkeypatch.context() as patch, pytest.raises(PeerLost):
-        patch.setattr(Trainer, "clip_gradients", lost_once)
+        patch.setattr(Trainer, "optimizer_step", lost_once)
         train_lm(corpus, config, options(tmp_path / "b"))
     part = train_lm(corpus, config, options(tmp_path / "b", resume=True))
     assert same(weights(whole.last), weights(part.last))
