@@ -450,7 +450,8 @@ def test_many_texts_in_order(trained: Path, run: Run) -> None:
     prompts = ["La niña", "", "El sombrero"]
     (trained / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8-sig")
     args = ("generate", "--ckpt", trained / "checkpoints" / "pretrain_best.pt", "--seed", "1",
-            "--max_new_tokens", "20", "--num_samples", "2", "--batch_size", "4", "--keep_blank")  # fmt: skip
+            "--max_new_tokens", "20", "--num_samples", "2", "--batch_size", "4",
+            "--keep_blank")  # fmt: skip
     lines = run(*args, "--prompts", trained / "prompts.txt").stdout.splitlines()
     twice = [p for p in prompts for _ in range(2)]
     assert len(lines) == 6 and all(map(str.startswith, lines, twice))
