@@ -24,11 +24,11 @@ def validations(folder: Path, stage: str) -> list[dict[str, float]]:
     return [entry for entry in entries if "val_bpb" in entry]
 
 
-@pytest.mark.parametrize(("minutes", "seconds"), [(2, 0.1), (2, 3), (2, 23), (10, 13)])
+@pytest.mark.parametrize(("minutes", "seconds"), [(2, 0.1), (2, 3), (2, 45), (10, 13)])
 def test_a_run_of_two_minutes_validates_at_least_five_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: int, seconds: float
 ) -> None:
-    """Whatever it takes to score all validation data, up to 20% of the run, and also if one
+    """Whatever it takes to score all validation data, up to 37% of the run, and also if one
     validation takes a tenth of the run, because the machine was busy. The clock moves by a
     sixtieth of the run in each step, and when the model validates."""
     clock = 0.0
@@ -65,7 +65,7 @@ def test_a_run_of_two_minutes_validates_at_least_five_times(
     gaps = np.diff([0, *times])
     assert gaps.max() < 1 / 3
     during_run = sum(sizes[:-1]) * seconds  # without the one that took so long
-    assert during_run < 0.13 * 60 * minutes
+    assert during_run < 0.25 * 60 * minutes
 
 
 def test_a_validation_is_shown_with_its_age(trained: Path, run: Run, tmp_path: Path) -> None:

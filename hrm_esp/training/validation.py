@@ -11,8 +11,9 @@ from .state import RunState
 
 N_VALIDATIONS = 8  # per run, evenly spaced
 VALIDATION_SHARE = 0.05  # of the time of a timed run: what the size of a validation aims at
-# Of the time since the validation before. One that takes more, at the smallest size, waits.
-MAX_VALIDATION_SHARE = 0.1
+# Of the time since the validation before, where even the smallest size takes more than that: with a
+# large model, or on a busy machine, and in a short run.
+MAX_VALIDATION_SHARE = 0.2
 MIN_SIZE = 1 / 8
 
 # Scores a part of the validation data, from its beginning: up to 1, which is all of it.
