@@ -45,7 +45,7 @@ def losses(folder: Path, stage: str) -> list[float]:
 
 
 def checksum(path: Path) -> str:
-    """Of the values of all floating-point weights, in any order and whatever their names."""
+    """Of the values of all weights of a saved state, in any order and whatever their names."""
     weights = torch.load(path, weights_only=True)["weights"].values()
     digests = [hashlib.sha256(w.numpy().tobytes()).hexdigest() for w in weights]
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
@@ -53,7 +53,7 @@ def checksum(path: Path) -> str:
 
 def show_training(folder: Path, stage: str, score: object) -> None:
     print(f"{stage} losses", *losses(folder, stage))
-    print(f"{stage} weights", checksum(folder / f"{stage}_last.pt"))
+    print(f"{stage} weights", checksum(folder / f"{stage}_state.pt"))
     print(f"{stage} score", repr(score))
 
 

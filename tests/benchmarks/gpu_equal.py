@@ -56,10 +56,13 @@ def same(check: Check) -> None:
     cpu.eval()
     gpu.eval()
     compare_texts(check, cpu, gpu)
-    path = check.work / "checkpoint.pt"
-    save_checkpoint(Checkpoint(config, gpu.state_dict(), "pretrain"), path)
-    loaded = load_model(path).state_dict()
-    is_equal = all(torch.equal(a.cpu(), loaded[n]) for n, a in gpu.state_dict().items())
+    weights = gpu.state_dict()
+    loaded = []
+    for number, content in enumerate((weights, {name: w.cpu() for name, w in weights.items()})):
+        path = check.work / f"checkpoint{number}.pt"
+        save_checkpoint(Checkpoint(config, content, "pretrain"), path)
+        loaded.append(load_model(path).state_dict())
+    is_equal = all(torch.equal(loaded[0][name], loaded[1][name]) for name in weights)
     check.verdict(is_equal, "a checkpoint written on the GPU loads on the CPU")
 
 
