@@ -112,7 +112,7 @@ def run(tmp_path: Path, hrm_esp_command: list[str]) -> Run:
 
     def run(*args: object, cwd: Path = tmp_path, **keywords: object) -> Any:
         command = hrm_esp_command
-        if "preexec_fn" in keywords:  # of a process that starts anew
+        if "preexec_fn" in keywords:  # of a process of its own
             command = [sys.executable, "-m", "hrm_esp"]
         return subprocess.run(
             [*command, *map(str, args)], cwd=cwd, capture_output=True, text=True,

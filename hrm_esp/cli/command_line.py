@@ -55,11 +55,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         text = " ".join(unknown)
         is_prompt = args.command == "generate" and not text.startswith("-")
-        advice = (
-            f"give the text with --prompt {shlex.quote(text)}"
-            if is_prompt
-            else (f"see hrm-esp {args.command} --help")
-        )
+        advice = f"see hrm-esp {args.command} --help"
+        if is_prompt:
+            advice = f"give the text with --prompt {shlex.quote(text)}"
         raise HRMError(f"unrecognized arguments: {text} ({advice})")
     return args
 

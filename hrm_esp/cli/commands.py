@@ -200,7 +200,7 @@ def write_completions(
         found = iter(completions)
         for cells, prompt in zip(table.cells, table.prompts(), strict=True):
             cells = [*cells, *[None] * (width - len(cells))]
-            if prompt.strip() or args.keep_blank:
+            if args.keep_blank or not is_blank(prompt):
                 for completion in itertools.islice(found, args.num_samples):
                     yield [*cells, completion.text]
             else:
@@ -272,14 +272,18 @@ def warn_if_cut(prompts: Iterable[str], max_len: int) -> Iterator[str]:
         print(f"warning: {n_long:,} prompts are longer and were cut", file=STDERR)
 
 
+def is_blank(prompt: str) -> bool:
+    return not prompt.strip()
+
+
 def without_blanks(prompts: Iterable[str]) -> Iterator[str]:
     """Yields the prompts that are not blank. Says at the end how many were."""
     n_blank = 0
     for prompt in prompts:
-        if prompt.strip():
-            yield prompt
-        else:
+        if is_blank(prompt):
             n_blank += 1
+        else:
+            yield prompt
     if n_blank:
         print(f"skipped {n_blank:,} blank prompts (--keep_blank keeps them)", file=STDERR)
 

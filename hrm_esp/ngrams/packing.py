@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.stream import DOCUMENT_END
 from ..tokenizer import EOS
 from .table import TOKEN_BITS, entry_key
 
-LINE_FEED = 10  # stands for EOS, which is no byte; no document has a line feed
 LARGE = 255  # count from which it does not fit in a byte
 MIN_HASH = -(2 ** (63 - TOKEN_BITS))
 
@@ -25,8 +25,9 @@ def pack_table(entries: Tensor, cumulative: Tensor) -> dict[str, Tensor]:
 
     Returns:
         Tensors of bytes: ``is_first`` (a bit per entry: whether it is the first one of its
-        context), ``differences`` (C, as many bytes as the largest one needs), ``tokens`` and
-        ``counts`` (E,); and ``large_counts`` (int32) of the entries whose count is LARGE.
+        context), ``differences`` (C, as many bytes as the largest one needs), ``tokens`` (E;
+        EOS as DOCUMENT_END, which is no byte of a document), ``counts`` (E,); and ``large_counts``
+        (int32) of the entries whose count is LARGE.
     """
     keys = entries.numpy()[:-1]  # without the sentinel
     hashes, tokens = keys >> TOKEN_BITS, keys & (2**TOKEN_BITS - 1)
@@ -38,7 +39,7 @@ def pack_table(entries: Tensor, cumulative: Tensor) -> dict[str, Tensor]:
     packed = {
         "is_first": np.packbits(is_first),
         "differences": np.ascontiguousarray(as_bytes),
-        "tokens": np.where(tokens == EOS, LINE_FEED, tokens).astype(np.uint8),
+        "tokens": np.where(tokens == EOS, DOCUMENT_END, tokens).astype(np.uint8),
         "counts": np.minimum(counts, LARGE).astype(np.uint8),
         "large_counts": counts[counts >= LARGE].astype(np.int32),
     }
@@ -53,7 +54,7 @@ def unpack_table(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """
     arrays = {name: tensor.numpy() for name, tensor in packed.items()}
     tokens, counts = arrays["tokens"].astype(np.int64), arrays["counts"].astype(np.int64)
-    tokens[tokens == LINE_FEED] = EOS
+    tokens[tokens == DOCUMENT_END] = EOS
     counts[counts == LARGE] = arrays["large_counts"]
     n_contexts, n_bytes = arrays["differences"].shape
     differences = np.zeros((n_contexts, 8), np.uint8)

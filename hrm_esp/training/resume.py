@@ -21,7 +21,7 @@ from ..options import check_bounds, check_fields, describe, flag_name
 from .checkpoint import COUNT
 from .optim import Muon
 from .state import RunState
-from .weights import COUNTS, check_tensor
+from .weights import check_tensor, only_counts
 
 MOMENTS: dict[type[Optimizer], tuple[str, ...]] = {
     Muon: ("momentum_buffer",),
@@ -36,9 +36,8 @@ def resume_fingerprint(options: TrainConfig, model: HRMModel, data_id: str) -> d
     free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every", "sample_prompt"}
     fingerprint = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
     checksum = 0
-    for name, tensor in model.state_dict().items():
-        if name in COUNTS:
-            checksum = zlib.crc32(tensor.cpu().numpy().data, checksum)
+    for tensor in only_counts(model.state_dict()).values():
+        checksum = zlib.crc32(tensor.cpu().numpy().data, checksum)
     return fingerprint | {"data": data_id, "n-gram counts": checksum}
 
 
@@ -168,7 +167,7 @@ def check_moments(optimizer: Optimizer, moments: Any, parameter: Tensor) -> None
 
 def load_scaler(training: Any, scaler: GradScaler) -> None:
     """Loads the saved scale of the gradients. Without one, as after training on another device, the
-    scaler starts anew.
+    scaler keeps its initial scale.
 
     Raises:
         HRMError: it is no scale.

@@ -38,7 +38,7 @@ def open_run(options: TrainConfig, stage: str) -> Iterator[Checkpoint | None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock_folder(folder):
-            yield load_state(options, stage)
+            yield read_state(options, stage)
     finally:
         if is_new:
             with suppress(OSError):  # not empty
@@ -74,7 +74,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def load_state(options: TrainConfig, stage: str) -> Checkpoint | None:
+def read_state(options: TrainConfig, stage: str) -> Checkpoint | None:
     """Returns what `open_run` yields."""
     folder = Path(options.out_dir)
     if options.resume:

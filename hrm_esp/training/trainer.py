@@ -58,7 +58,7 @@ from .schedule import batch_shape, learning_rate
 from .signals import stop_signals
 from .state import RunState, StepStats
 from .validation import Validate, is_due, validation_size
-from .weights import COUNTS
+from .weights import is_finite, only_counts
 
 EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
@@ -354,7 +354,7 @@ class Trainer:
             HRMError: a weight is not finite.
         """
         state = self.state
-        if not all(p.isfinite().all() for p in self.model.parameters()):
+        if not all(map(is_finite, self.model.parameters())):
             raise self.diverged("its weights are not finite numbers")
         content = Checkpoint(
             self.model.config,
@@ -423,8 +423,7 @@ class Trainer:
             raise HRMError(
                 f"cannot resume the run in {self.folder.root}: {', '.join(changed)} changed"
             )
-        counts = {name: t for name, t in self.model.state_dict().items() if name in COUNTS}
-        self.model.load_state_dict(saved.weights | counts)
+        self.model.load_state_dict(saved.weights | only_counts(self.model.state_dict()))
         with usable_state(path):
             self.state = load_training(saved.training, self.optimizers, self.scaler, len(self.data))
         saved.weights, saved.training = {}, None  # the caller keeps it for as long as the run takes

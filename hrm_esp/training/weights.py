@@ -31,8 +31,8 @@ def compact_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
         return tensor.bfloat16() if is_large else tensor
 
     content: dict[str, Any] = {"weights": map_shared(shorten, without_counts(weights))}
-    if COUNTS[0] in weights:
-        content["counts"] = pack_table(*(weights[name].cpu() for name in COUNTS))
+    if counts := only_counts(weights):
+        content["counts"] = pack_table(*(tensor.cpu() for tensor in counts.values()))
     return content
 
 
@@ -112,9 +112,19 @@ def check_tensor(name: str, found: Any, like: Tensor, may_be_bf16: bool = False)
     if found.shape != like.shape:
         shapes = describe(str(tuple(found.shape)))[1:-1], tuple(like.shape)
         raise HRMError("{} has shape {}, not {}".format(name, *shapes))
-    # A sum is finite only if all numbers are, and is the fastest test; it may also overflow.
-    if found.is_floating_point() and not (found.sum().isfinite() or found.isfinite().all()):
+    if found.is_floating_point() and not is_finite(found):
         raise HRMError(f"{name} is not finite: the run diverged, train again with a lower --lr")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    # A sum is finite only if all numbers are, and is the fastest test; it may also overflow.
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+def only_counts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of the n-gram table, in the order of `COUNTS`."""
+    return {name: weights[name] for name in COUNTS if name in weights}
 
 
 def without_counts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
