@@ -70,20 +70,6 @@ class HRMConfig:
     positions: str = option(
         "rotary", "model", "position encoding", flag=False, choices=("rotary", "learned")
     )
-    ngram_max: int = option(
-        4,
-        "model",
-        "hashed n-gram embeddings of orders 2 to N; 1 disables them",
-        flag=False,
-        low=1,
-        below=17,
-    )
-    ngram_bits: int = option(
-        14, "model", "2^N rows per order in the n-gram embedding table", flag=False, low=1, below=25
-    )
-    ngram_dropout: float = option(
-        0.5, "model", "dropout of whole n-gram embeddings", flag=False, low=0, below=1
-    )
     count_max: int = option(
         16,
         "model",
@@ -195,7 +181,7 @@ class TrainConfig:
     grad_clip: float = option(
         1.0,
         "training",
-        "maximum gradient norm, n-gram embeddings aside; 0 disables it",
+        "maximum gradient norm; 0 disables it",
         flag=False,
         low=0,
         high=1e6,
@@ -300,9 +286,6 @@ class FinetuneConfig(TrainConfig):
         high=MAX_BATCH,
     )  # fmt: skip
     dropout: float = option(0.2, "model", "dropout rate", low=0, below=1)
-    ngram_dropout: float = option(
-        0.5, "model", "dropout of whole n-gram embeddings", flag=False, low=0, below=1
-    )
     context: str = option(
         "cross_attention",
         "model",

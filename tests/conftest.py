@@ -25,8 +25,7 @@ settings.load_profile("any machine")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--d_model", "32", "--n_heads", "2", "--n_layers_enc", "1", "--n_layers_dec", "2",
-         "--plan_dim", "16", "--n_plan_codes", "8", "--max_len", "64",
-         "--set", "ngram_bits=8")  # fmt: skip
+         "--plan_dim", "16", "--n_plan_codes", "8", "--max_len", "64")  # fmt: skip
 CONFIG = HRMConfig(
     d_model=32,
     n_heads=2,
@@ -35,7 +34,6 @@ CONFIG = HRMConfig(
     plan_dim=16,
     n_plan_codes=8,
     max_len=32,
-    ngram_bits=6,
 )
 
 TEXT = "\n".join(

@@ -157,7 +157,7 @@ def test_the_newest_runs_best_is_found(tmp_path: Path) -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> HRMModel:
     """A model whose checkpoints are small: hundreds of them are written."""
     monkeypatch.setattr(gate_means, "N_ROWS", 31)
-    return random_model(d_model=8, plan_dim=4, ngram_bits=2, n_layers_dec=1, cross_attention=True)
+    return random_model(d_model=8, plan_dim=4, n_layers_dec=1, cross_attention=True)
 
 
 def some(crafted: Iterable[tuple[str, Any]], n: int) -> list[tuple[str, Any]]:
@@ -227,7 +227,7 @@ def train(trainer: Trainer, n_steps: int) -> None:
 
 
 def test_a_model_without_its_weights_has_their_shapes(tiny: HRMModel) -> None:
-    for model in (tiny, random_model(positions="learned", gumbel=False, count_max=0, ngram_max=1)):
+    for model in (tiny, random_model(positions="learned", gumbel=False, count_max=0)):
         expected, found = model.state_dict(), skeleton(model.config).state_dict()
         assert list(found) == list(expected)
         for name, value in expected.items():

@@ -104,7 +104,7 @@ def test_two_processes_are_one_with_twice_the_batch(
 ) -> None:
     """Without noise: in their losses, and in the gradients of text and of text restored."""
     flags = (*SMALL, "--no_gumbel", "--steps", 20, *set_flags(
-        ngram_dropout=0, precision="fp32", optimizer=optimizer, denoise=0.3, grad_accum=2
+        precision="fp32", optimizer=optimizer, denoise=0.3, grad_accum=2
     ))  # fmt: skip
     one, two = (
         recorded(
@@ -122,7 +122,7 @@ def test_two_processes_are_one_with_twice_the_batch(
 def test_two_processes_finetune_as_one_does(python: list[str], corpus: Path, trained: Path) -> None:
     given = ("finetune", trained / "pairs.tsv", "--ckpt", trained / "checkpoints/pretrain_last.pt",
              "--dropout", "0", "--no_gumbel", "--steps", 8)  # fmt: skip
-    flags = set_flags(ngram_dropout=0, precision="fp32", optimizer="adamw")
+    flags = set_flags(precision="fp32", optimizer="adamw")
     one, two = (
         recorded(python, n, corpus.parent / str(n), *given, *flags, "--batch_size", 4 // n)
         for n in (1, 2)

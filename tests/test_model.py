@@ -1,8 +1,6 @@
 """Properties of the model for any weights: all are random."""
 
-import itertools
 import math
-import random
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 
 from hrm_esp.config import HRMConfig
 from hrm_esp.errors import HRMError
-from hrm_esp.model import FFN, MHA, ExecutorCache, HRMModel, NgramEmbedding, RMSNorm
+from hrm_esp.model import FFN, MHA, ExecutorCache, HRMModel, RMSNorm
 from hrm_esp.model.embeddings import Rotary, apply_rotary, character_positions
 from hrm_esp.model.layers import CrossInputs, attention
 from hrm_esp.tokenizer import BOS, PAD, PLAN, VOCAB_SIZE
@@ -20,8 +18,6 @@ from hrm_esp.tokenizer import BOS, PAD, PLAN, VOCAB_SIZE
 KINDS = [
     {},
     {"positions": "learned", "d_model": 18},  # heads of an odd width
-    {"ngram_max": 1},
-    {"ngram_max": 7},
     {"count_max": 0},
     {"count_max": 5},
     {"recent_len": 20},
@@ -120,41 +116,6 @@ def test_attention_is_that_of_the_paper() -> None:
     masked = cross.cross_attend(x, CrossInputs(other, mask, none, none))
     close(masked[:1], plain_attention(cross, x[:1], other[:1, :4], None))
     assert (masked[1] == 0).all()
-
-
-def ngrams(ids: list[int], place: int, order: int) -> tuple[int, ...]:
-    """The n-gram that ends at ``place``; it does not reach over a BOS, but may begin with it."""
-    begin = max(0, place - order + 1)
-    for i in range(place, begin, -1):
-        if ids[i] == BOS:
-            return tuple(ids[i : place + 1])
-    return tuple(ids[begin : place + 1])
-
-
-def test_equal_ngrams_have_equal_rows_and_others_others() -> None:
-    embedding = NgramEmbedding(HRMConfig(ngram_max=5, ngram_bits=24, d_model=2, n_heads=1))
-    chance = random.Random(0)
-    ids = [BOS, *(chance.choice([97, 98, BOS, 255]) for _ in range(400))]
-    rows = torch.stack(embedding.rows(torch.tensor([ids]), 0), dim=-1)[0]
-    row_of: dict[tuple[int, tuple[int, ...]], int] = {}
-    for place, order in itertools.product(range(len(ids)), range(2, 6)):
-        row = int(rows[place, order - 2])
-        assert 0 <= row - (order - 2) * embedding.n_rows < embedding.n_rows
-        # A short n-gram at a document's start is not the same as a whole one of those bytes.
-        key = (order, ngrams(ids, place, order))
-        assert row_of.setdefault(key, row) == row
-    assert len(set(row_of.values())) == len(row_of)
-
-
-def test_ngram_dropout_acts_in_training_only() -> None:
-    embedding = NgramEmbedding(HRMConfig(ngram_dropout=0.5, d_model=4, n_heads=1, ngram_max=2))
-    torch.nn.init.ones_(embedding.table.weight)
-    ids = torch.randint(0, 256, (10, 100))
-    none = ids[:, :0]
-    values = embedding(ids, none).detach()
-    assert set(values.unique().tolist()) == {0.0, 2.0}
-    assert values.mean() == pytest.approx(1, abs=0.15)
-    assert (embedding.eval()(ids, none) == 1).all()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

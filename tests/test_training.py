@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp.cli import main
-from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig
+from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig, TrainConfig
 from hrm_esp.data import LMDataset, Pair, TSVDataset
 from hrm_esp.errors import HRMError, Interrupted, PeerLost
 from hrm_esp.evaluation import PairScore, evaluate, perplexity
@@ -23,7 +23,7 @@ from hrm_esp.training.checkpoint import Checkpoint, load_checkpoint, load_model,
 from hrm_esp.training.early_stopping import Score, is_worse
 from hrm_esp.training.finetune import model_to_finetune, reinitialize_blocks
 from hrm_esp.training.loss import code_balance_loss, sinkhorn_assignment
-from hrm_esp.training.optim import Parameters, build_optimizers
+from hrm_esp.training.optim import build_optimizers
 from hrm_esp.training.schedule import learning_rate
 
 
@@ -309,26 +309,23 @@ def test_the_loss_is_on_the_target_alone() -> None:
     ).all()  # a row without a target shows the Planner nothing
 
 
-def test_each_parameter_has_one_optimizer() -> None:
+@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig])
+def test_each_parameter_has_one_optimizer(config: type[TrainConfig]) -> None:
+    """Muon and weight decay are for the matrices in the blocks."""
     model = random_model(cross_attention=True)
-    parameters = Parameters.of(model)
     names = {id(p): n for n, p in model.named_parameters()}
-    for p in parameters.blocks:
-        assert "blocks" in names[id(p)] and p.ndim == 2
-    assert all(p.ndim < 2 or "blocks" not in names[id(p)] for p in parameters.rest)
-    for config, by_muon in (
-        (PretrainConfig(), parameters.blocks),
-        (PretrainConfig(optimizer="adamw"), []),
-        (FinetuneConfig(), parameters.blocks),
-        (FinetuneConfig(optimizer="adamw"), []),
-    ):
-        built = {type(o).__name__: o for o in build_optimizers(parameters, config)}
-        assert list(built) == [*(["Muon"] if by_muon else []), "AdamW", "SparseAdam"]
-        given = {k: [p for g in o.param_groups for p in g["params"]] for k, o in built.items()}
-        assert list(map(id, given.get("Muon", []))) == list(map(id, by_muon))
-        assert sorted(id(p) for ps in given.values() for p in ps) == sorted(
-            map(id, model.parameters())
+    is_matrix = {n: "blocks" in n and p.ndim == 2 for n, p in model.named_parameters()}
+    for optimizer in ("muon", "adamw"):
+        built = build_optimizers(model, config(optimizer=optimizer))
+        groups = [(o, g) for o in built for g in o.param_groups]
+        assert sorted(names[id(p)] for _, g in groups for p in g["params"]) == sorted(
+            names.values()
         )
+        for built_optimizer, group in groups:
+            kinds = {is_matrix[names[id(p)]] for p in group["params"]}
+            assert kinds == {group["weight_decay"] > 0}
+            is_muon = type(built_optimizer).__name__ == "Muon"
+            assert is_muon == (optimizer == "muon" and kinds == {True})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -451,7 +448,7 @@ def test_a_step_cut_short_by_a_lost_process_changes_nothing(
 
 def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path) -> None:
     """Without noise, two batches of 2 windows make the step of one of 4."""
-    config = replace(CONFIG, gumbel=False, ngram_dropout=0.0)
+    config = replace(CONFIG, gumbel=False)
     keywords = {"steps": 3, "optimizer": "adamw", "grow": False, "denoise": 0.0}
     one = train_lm(corpus, config, options(tmp_path / "a", **keywords))
     two = train_lm(corpus, config, options(tmp_path / "b", batch_size=2, grad_accum=2, **keywords))
@@ -485,7 +482,7 @@ def test_mixed_precision_trains_as_float32_does(
     corpus: Path, tmp_path: Path, precision: str
 ) -> None:
     """fp16 through GradScaler: the code of CUDA, on the CPU."""
-    config = replace(CONFIG, gumbel=False, ngram_dropout=0.0)
+    config = replace(CONFIG, gumbel=False)
     full, mixed = (
         train_lm(corpus, config, options(tmp_path / p, steps=40, precision=p))
         for p in ("fp32", precision)
@@ -497,8 +494,7 @@ def test_mixed_precision_trains_as_float32_does(
 MODEL_OPTIONS = {
     "d_model": 16, "n_heads": 4, "n_layers_enc": 2, "n_layers_dec": 1, "ff_mult": 2, "max_len": 16,
     "plan_dim": 8, "gumbel": False, "n_plan_codes": 5, "gumbel_hard": True,
-    "ngram_max": 2, "ngram_bits": 5, "ngram_dropout": 0.0, "count_max": 5,
-    "recent_len": 7, "dropout": 0.3, "positions": "learned",
+    "count_max": 5, "recent_len": 7, "dropout": 0.3, "positions": "learned",
 }  # fmt: skip
 TRAIN_OPTIONS = {
     "steps": 3, "batch_size": 2, "grad_accum": 2, "lr": 1e-3, "optimizer": "adamw",
@@ -617,7 +613,7 @@ def test_a_timed_run_takes_its_minutes(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_compiled_training_equals_eager(corpus: Path, tmp_path: Path) -> None:
-    config = replace(CONFIG, gumbel=False, n_layers_dec=1, ngram_dropout=0.0)
+    config = replace(CONFIG, gumbel=False, n_layers_dec=1)
     eager, compiled = (
         train_lm(
             corpus,

@@ -15,16 +15,14 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import MHA, DecoderBlock, Executor, NgramEmbedding, TokenEmbedding
+from ..model import MHA, DecoderBlock, Executor
 from ..model.embeddings import Rotary
 from ..model.kv_cache import BlockCache
 from ..model.layers import CrossInputs
-from ..tokenizer import PAD
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,30 +62,6 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) float32 -> (..., d_out) float32."""
         return packed_linear(x.to(self.dtype), self.weight).to(x.dtype)
-
-
-class PackedEmbedding(nn.Module):
-    """A TokenEmbedding that hashes n-grams with NumPy: for a few tokens starting a PyTorch
-    operation takes longer than the operation."""
-
-    def __init__(self, tok_emb: TokenEmbedding, ngrams: NgramEmbedding) -> None:
-        super().__init__()
-        self.tok_emb, self.ngrams = tok_emb, ngrams
-
-    def forward(self, ids: Tensor, preceding_ids: Tensor | None = None) -> Tensor:
-        """As `TokenEmbedding.forward`; preceding_ids must be as long as the n-grams need."""
-        width = self.ngrams.max_order - 1
-        if preceding_ids is None:
-            preceding_ids = ids.new_full((len(ids), width), PAD)
-        window = torch.cat((preceding_ids, ids), dim=1).numpy()
-        rows = torch.from_numpy(np.stack(self.ngrams.rows(window, width), axis=-1))
-        token_vectors = F.embedding(ids, self.tok_emb.weight)
-        return F.embedding(rows, self.ngrams.table.weight).sum(-2).add_(token_vectors)
-
-    @property
-    def weight(self) -> Tensor:
-        """Token embeddings, (V, D)."""
-        return self.tok_emb.weight
 
 
 class PackedRotary(nn.Module):
@@ -191,12 +165,11 @@ def pack_for_cpu(executor: Executor, dtype: torch.dtype) -> Executor:
     blocks: Iterable[Any] = executor.blocks
     rotary = PackedRotary(executor.positions.rotary)
     modules: dict[str, nn.Module] = {
+        "tok_emb": nn.Embedding.from_pretrained(executor.tok_emb.weight),  # always float32
         "blocks": nn.ModuleList(PackedBlock(block, dtype) for block in blocks),
         "lm_head": PackedLinear(executor.lm_head, dtype),
         "positions": with_modules(executor.positions, {"rotary": rotary}),
     }
-    if executor.tok_emb.ngrams is not None:
-        modules["tok_emb"] = PackedEmbedding(executor.tok_emb, executor.tok_emb.ngrams)
     return with_modules(executor, modules)
 
 

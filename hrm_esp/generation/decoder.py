@@ -19,7 +19,7 @@ from ..device import adapt_threads, autocast, limit_threads
 from ..model import EncoderOutput, Executor, ExecutorCache, HRMModel
 from ..model.embeddings import character_positions
 from ..ngrams import ContextMatch, NgramContext, draft_probs
-from ..tokenizer import PAD, starts_character
+from ..tokenizer import starts_character
 from .windows import window_start
 
 Array = NDArray[np.float32]
@@ -132,7 +132,6 @@ class Decoder:
                 self.encoded,
                 cache,
                 self._char_positions(self.rows, -n_read, None),
-                self._ids(self._preceding_ids(row, n_read) for row in self.rows),
             )[:, -n:]
             logits = self.executor.lm_head(states)
             # Step 3: mix with the n-gram counts.
@@ -211,12 +210,6 @@ class Decoder:
 
     def _ids(self, rows: Iterable[list[int]]) -> Tensor:
         return torch.tensor(list(rows), dtype=torch.long, device=self.device)
-
-    def _preceding_ids(self, row: DecoderRow, n: int) -> list[int]:
-        """Returns the tokens before the last n that the n-gram embeddings use, PAD on the left."""
-        width, end = self.config.ngram_max - 1, len(row.tokens) - n
-        tokens = row.tokens[max(row.window_start, end - width) : end]
-        return [PAD] * (width - len(tokens)) + tokens
 
     def _char_positions(
         self, rows: Iterable[DecoderRow], begin: int | None, end: int | None

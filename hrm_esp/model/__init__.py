@@ -1,7 +1,6 @@
 """The model and its parts."""
 
 from .codebook import Codebook as Codebook
-from .embeddings import NgramEmbedding as NgramEmbedding
 from .embeddings import TokenEmbedding as TokenEmbedding
 from .executor import Executor as Executor
 from .hrm import HRMModel as HRMModel

@@ -1,79 +1,26 @@
-"""Token, n-gram and position embeddings.
+"""Token and position embeddings.
 
-Shapes: B rows, T positions, R preceding positions, D = d_model, H heads of d dimensions.
+Shapes: B rows, T positions, D = d_model, H heads of d dimensions.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HRMConfig
-from ..ngrams.hashing import ngram_hashes
 from ..tokenizer import VOCAB_SIZE, starts_character
-
-HASH_MIX = 0x9E3779B97F4A7C1  # an odd number with irregular bits
-
-
-class NgramEmbedding(nn.Module):
-    """Hashed byte n-gram embeddings (Pagnoni et al. 2024, Byte Latent Transformer, section 3.2.1).
-
-    The embedding of a position is the sum of one vector per order, found by the hash of the n-gram
-    that ends there. In training whole vectors are dropped with ``ngram_dropout``: otherwise the
-    model memorizes rare n-grams.
-    """
-
-    def __init__(self, config: HRMConfig) -> None:
-        super().__init__()
-        self.max_order, self.n_rows = config.ngram_max, 2**config.ngram_bits
-        self.dropout = config.ngram_dropout
-        zeros = torch.zeros((self.max_order - 1) * self.n_rows, config.d_model)
-        self.table = nn.EmbeddingBag.from_pretrained(zeros, freeze=False, mode="sum")
-
-    def forward(self, ids: Tensor, preceding_ids: Tensor) -> Tensor:
-        """ids: (B, T), after preceding_ids (B, R) -> (B, T, D)."""
-        n_preceding = preceding_ids.shape[1]
-        rows = self.rows(torch.cat((preceding_ids, ids), dim=1), n_preceding)
-        index = torch.stack(rows, dim=-1).flatten(0, 1)
-        weights = None
-        if self.training and self.dropout:
-            keep = torch.rand((*ids.shape, len(rows)), device=ids.device) >= self.dropout
-            weights = keep.float().div_(1 - self.dropout).flatten(0, 1)
-        if ids.device.type != "mps":
-            summed = self.table(index, per_sample_weights=weights)
-        else:  # MPS has no EmbeddingBag
-            vectors = F.embedding(index, self.table.weight)
-            summed = (vectors if weights is None else vectors * weights[..., None]).sum(1)
-        return summed.view(*ids.shape, self.table.embedding_dim)
-
-    def rows(self, ids: Any, n_preceding: int) -> list[Any]:
-        """Returns the row of the table for each order from 2 on, (B, T) each; ids as in
-        `ngram_hashes`."""
-        rows = []
-        for k, (hashes, _) in enumerate(ngram_hashes(ids, self.max_order, n_preceding)):
-            if k:
-                # The low bits of a rolling hash depend on the last tokens only: mix in the high.
-                mixed = (hashes ^ (hashes >> 29)) * HASH_MIX >> 24
-                rows.append(mixed % self.n_rows + (k - 1) * self.n_rows)
-        return rows
 
 
 class TokenEmbedding(nn.Embedding):
-    """Token embeddings, plus the embeddings of the n-grams that end at each token."""
+    """Token embeddings in the autocast dtype: the residual stream has it, too."""
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__(VOCAB_SIZE, config.d_model)
-        self.ngrams = NgramEmbedding(config) if config.ngram_max > 1 else None
 
-    def forward(self, ids: Tensor, preceding_ids: Tensor | None = None) -> Tensor:
-        """ids: (B, T), after preceding_ids (B, R), none by default -> (B, T, D)."""
-        x = super().forward(ids)
-        if self.ngrams is not None:
-            x = x + self.ngrams(ids, ids[:, :0] if preceding_ids is None else preceding_ids)
-        device = ids.device.type  # the residual stream is in the autocast dtype, too
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+        x, device = super().forward(ids), ids.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 

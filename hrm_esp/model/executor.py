@@ -121,7 +121,6 @@ class Executor(nn.Module):
         encoded: EncoderOutput | None = None,
         cache: ExecutorCache | None = None,
         char_positions: Tensor | None = None,
-        cached_ids: Tensor | None = None,
         keep_plan: bool = False,
     ) -> Tensor:
         """Runs the blocks. Returns the states that predict each next token, (B, T, D).
@@ -129,14 +128,12 @@ class Executor(nn.Module):
         Args:
             cache: of the tokens before ``y_in``; y_in is added. [PLAN] precedes y_in only where the
                 cache is empty.
-            cached_ids: (B, R), the last tokens in the cache, PAD on the left, for the n-gram
-                embeddings.
             keep_plan: also return the state of [PLAN], as the first, (B, 1 + T, D).
 
         Other arguments and errors as in `forward`.
         """
         # Step 1: embed the tokens, with [PLAN] in front at the start of a window.
-        x = self.tok_emb(y_in, cached_ids)
+        x = self.tok_emb(y_in)
         is_start = cache is None or cache.length == 0
         if is_start:
             plan_token = self.tok_emb.weight[PLAN] + self.from_plan(plan.to(x.dtype))

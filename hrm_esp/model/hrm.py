@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import HRMConfig
 from ..tokenizer import PAD
-from .embeddings import NgramEmbedding, TokenEmbedding
+from .embeddings import TokenEmbedding
 from .executor import Executor
 from .planner import EncoderOutput, Planner, PlanOutput
 
@@ -54,7 +54,7 @@ class HRMModel(nn.Module):
         super().__init__()
         self.config = config
         self.stage = "pretrain"
-        tok_emb = TokenEmbedding(config)  # shared: the n-gram table is large
+        tok_emb = TokenEmbedding(config)
         self.planner = Planner(config, tok_emb)
         self.executor = Executor(config, tok_emb)
 
@@ -134,10 +134,8 @@ class HRMModel(nn.Module):
         return self.executor.lm_head.weight.device
 
     def n_parameters(self) -> int:
-        """Returns the number of weights without the n-gram embeddings, of which a byte uses a few
-        rows."""
-        tables = {id(m.table.weight) for m in self.modules() if isinstance(m, NgramEmbedding)}
-        return sum(p.numel() for p in self.parameters() if id(p) not in tables)
+        """Returns the number of weights."""
+        return sum(p.numel() for p in self.parameters())
 
 
 def bag_of_words_nll(log_probs: Tensor, ids: Tensor) -> Tensor:

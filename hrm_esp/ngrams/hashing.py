@@ -10,7 +10,7 @@ Shapes: B rows, T positions, R preceding positions, N orders.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from ..tokenizer import BOS, PAD
 HASH_FACTOR = 1_000_003
 
 
-def ngram_hashes(ids: Any, max_order: int, n_preceding: int = 0) -> Iterator[tuple[Any, Any]]:
+def ngram_hashes(
+    ids: Tensor, max_order: int, n_preceding: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Hashes the last 1, 2, ... ``max_order`` tokens at each position.
 
     Args:
-        ids: (B, n_preceding + T), PAD where there is no token. A NumPy array is accepted too if
-            ``n_preceding`` is at least ``max_order - 1``.
+        ids: (B, n_preceding + T), PAD where there is no token.
 
     Yields:
         For each order the hashes (B, T) int64, and which n-grams are valid, (B, T) bool: those that
@@ -39,8 +40,8 @@ def ngram_hashes(ids: Any, max_order: int, n_preceding: int = 0) -> Iterator[tup
     if missing > 0:
         ids = F.pad(ids, (missing, 0), value=PAD)
     end = ids.shape[1]
-    hashes: Any = 0
-    valid: Any = True
+    hashes = ids.new_zeros((len(ids), n))
+    valid = hashes == 0
     for k in range(max_order):
         token = ids[:, end - n - k : end - k]
         valid = valid & (token != PAD)

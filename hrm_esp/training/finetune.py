@@ -154,7 +154,6 @@ def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
         start.config,
         cross_attention=options.context == "cross_attention",
         dropout=options.dropout,
-        ngram_dropout=options.ngram_dropout,
         gumbel=start.config.gumbel and options.gumbel,
     )
     model = HRMModel(config)

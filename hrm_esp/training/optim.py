@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer, SparseAdam
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 from ..config import TrainConfig
 from ..device import choose_precision
-from ..model import HRMModel, NgramEmbedding
+from ..model import HRMModel
 
-NGRAM_LR = 10.0  # in units of lr: a row of the n-gram table is rarely updated
-BETAS = (0.9, 0.95)  # of AdamW and SparseAdam
+BETAS = (0.9, 0.95)  # of AdamW
 # Coefficients of the polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al. 2025, algorithm
 # 1), which even out singular values. More than two take longer and improve nothing.
 POLAR_EXPRESS = (
@@ -21,40 +18,6 @@ POLAR_EXPRESS = (
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
 )
 MARGIN = 1.02  # keeps singular values below one after rounding: above one they would grow
-
-
-@dataclass
-class Parameters:
-    """The parameters of a model by kind: ``blocks``, the matrices in the blocks; ``tables``, the
-    n-gram embeddings; and the ``rest``."""
-
-    blocks: list[nn.Parameter]
-    tables: list[nn.Parameter]
-    rest: list[nn.Parameter]
-
-    @classmethod
-    def of(cls, model: HRMModel) -> Parameters:
-        parts = (model.planner, model.executor)
-        blocks = [p for part in parts for p in part.blocks.parameters() if p.ndim == 2]
-        embeddings = [m for m in model.modules() if isinstance(m, NgramEmbedding)]
-        tables = [p for m in embeddings for p in m.parameters()]
-        taken = set(map(id, blocks + tables))
-        return cls(blocks, tables, [p for p in model.parameters() if id(p) not in taken])
-
-    @property
-    def dense(self) -> list[nn.Parameter]:
-        return self.blocks + self.rest
-
-    def clip_gradients(self, max_norm: float) -> float:
-        """Clips the gradients, n-gram embeddings aside; returns the norm of all before, not finite
-        if any of them is not."""
-        norm = nn.utils.clip_grad_norm_(self.dense, max_norm)
-        for table in self.tables:
-            if table.grad is not None:
-                if table.grad.is_sparse:
-                    table.grad = table.grad.coalesce()  # once, for the optimizer too
-                norm = norm + table.grad.norm()
-        return norm.item()
 
 
 class Muon(torch.optim.Muon):
@@ -96,39 +59,22 @@ def orthogonalize(x: Tensor) -> Tensor:
     return y.T if is_tall else y
 
 
-def set_sparse_tables(model: HRMModel, sparse: bool) -> None:
-    """Chooses sparse or dense gradients for the n-gram embeddings. Sparse ones are much faster on
-    one device, but NCCL cannot sum them and MPS does not have them."""
-    for module in model.modules():
-        if isinstance(module, NgramEmbedding):
-            module.table.sparse = sparse
-
-
-def build_optimizers(
-    parameters: Parameters, options: TrainConfig, sparse: bool = True
-) -> list[Optimizer]:
-    """Builds the optimizers. Only the matrices in the blocks have weight decay. Each parameter
-    group has a ``scale``, its learning rate in units of ``lr``.
-
-    Args:
-        sparse: whether the n-gram embeddings have sparse gradients.
-    """
-    blocks = {"params": parameters.blocks, "scale": 1.0, "weight_decay": options.weight_decay}
-    rest = {"params": parameters.rest, "scale": 1.0, "weight_decay": 0.0}
-    tables = {"params": parameters.tables, "scale": NGRAM_LR}
-    optimizers: list[Optimizer] = []
+def build_optimizers(model: HRMModel, options: TrainConfig) -> list[Optimizer]:
+    """Builds the optimizers. Only the matrices in the blocks have weight decay."""
+    parts = (model.planner, model.executor)
+    matrices = [p for part in parts for p in part.blocks.parameters() if p.ndim == 2]
+    is_matrix = set(map(id, matrices))
+    blocks = {"params": matrices, "weight_decay": options.weight_decay}
+    rest = {
+        "params": [p for p in model.parameters() if id(p) not in is_matrix],
+        "weight_decay": 0.0,
+    }
     if options.optimizer == "muon":
-        optimizers += [Muon([blocks])]
-    adamw_groups = [rest] if options.optimizer == "muon" else [blocks, rest]
-    optimizers += [AdamW(adamw_groups, betas=BETAS, fused=True)]
-    if parameters.tables and sparse:
-        optimizers += [SparseAdam([tables], betas=BETAS)]
-    elif parameters.tables:
-        optimizers += [AdamW([tables], betas=BETAS, weight_decay=0.0)]
-    return optimizers
+        return [Muon([blocks]), AdamW([rest], betas=BETAS, fused=True)]
+    return [AdamW([blocks, rest], betas=BETAS, fused=True)]
 
 
 def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr

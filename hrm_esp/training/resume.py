@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.optim import AdamW, Optimizer, SparseAdam
+from torch.optim import AdamW, Optimizer
 
 from ..config import TrainConfig
 from ..errors import HRMError
@@ -26,7 +26,6 @@ from .weights import check_tensor, only_counts
 MOMENTS: dict[type[Optimizer], tuple[str, ...]] = {
     Muon: ("momentum_buffer",),
     AdamW: ("exp_avg", "exp_avg_sq"),
-    SparseAdam: ("exp_avg", "exp_avg_sq"),
 }
 
 

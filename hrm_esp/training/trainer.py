@@ -45,7 +45,7 @@ from .clock import RunningClock
 from .early_stopping import is_best, is_worse
 from .loss import BatchSizes, LossModule, code_counts
 from .metrics_log import Meter, MetricsLog
-from .optim import Parameters, build_optimizers, set_learning_rate, set_sparse_tables
+from .optim import build_optimizers, set_learning_rate
 from .resume import (
     changed_options,
     load_fingerprint,
@@ -108,11 +108,7 @@ class Trainer:
         self.device = model.device
         self.dtype = choose_precision(self.device, options.precision)
         # Optimizers.
-        self.parameters = Parameters.of(model)
-        is_cuda = self.device.type == "cuda"
-        sparse = self.device.type == "cpu" or (is_cuda and world_size() == 1)
-        set_sparse_tables(model, sparse)
-        self.optimizers = build_optimizers(self.parameters, options, sparse)
+        self.optimizers = build_optimizers(model, options)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         # State and files.
         self.state = RunState()
@@ -254,7 +250,8 @@ class Trainer:
         gradient norm before clipping."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = self.parameters.clip_gradients(self.options.grad_clip or math.inf)
+        max_norm = self.options.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
         if math.isfinite(norm):
             self.state.skipped = 0
             for optimizer in self.optimizers:

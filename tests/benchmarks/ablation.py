@@ -26,7 +26,6 @@ ROWS: dict[str, dict[str, object]] = {
     "no n-gram counts": {"count_max": 0},
     "no n-gram counts of the text before the window": {"recent_len": 0},
     "no denoising": {"denoise": 0.0},
-    "no n-gram embeddings": {"ngram_max": 1},
     "full windows and batches from the start": {"grow": False},
     "Planner reads the previous window": {"planner_input": "previous"},
     "continuous plan": {"gumbel": False},

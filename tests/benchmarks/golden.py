@@ -30,7 +30,7 @@ MODEL = {"d_model": 64, "n_heads": 2, "n_layers_enc": 1, "n_layers_dec": 2, "max
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "default": ({}, {}),
     "plain": (
-        {"positions": "learned", "gumbel": False, "count_max": 0, "ngram_max": 1},
+        {"positions": "learned", "gumbel": False, "count_max": 0},
         {"optimizer": "adamw", "lr": 2e-3, "denoise": 0.0},
     ),
 }

@@ -153,8 +153,6 @@ def small_config(**changes: object) -> HRMConfig:
         max_len=64,
         plan_dim=32,
         n_plan_codes=8,
-        ngram_bits=10,
-        ngram_dropout=0.0,
         recent_len=300,
         cross_attention=True,
     )
@@ -170,12 +168,8 @@ def randomize(model: HRMModel, std: float) -> HRMModel:
 
 
 def gradients(model: HRMModel) -> dict[str, torch.Tensor]:
-    """Returns a copy of the gradients of a model, none of them sparse."""
-    return {
-        name: (p.grad.to_dense() if p.grad.is_sparse else p.grad).clone()
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+    """Returns a copy of the gradients of a model."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

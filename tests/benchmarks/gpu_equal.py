@@ -24,7 +24,7 @@ from hrm_esp.ngrams.table import recent_stats
 from hrm_esp.tokenizer import PAD
 from hrm_esp.training import Checkpoint, loss, save_checkpoint
 from hrm_esp.training.loss import BatchSizes, LossModule
-from hrm_esp.training.optim import orthogonalize, set_sparse_tables
+from hrm_esp.training.optim import orthogonalize
 
 SUM = BatchSizes(1, 1, 1)  # sums instead of means
 PROMPTS = ["La niña", "El"]
@@ -164,7 +164,6 @@ def nccl(check: Check) -> None:
     try:
         config = small_config(n_layers_enc=1, recent_len=64)
         model = randomize(check.new_model(config), 0.1).to(check.device).train()
-        set_sparse_tables(model, not check.is_cuda)
         plain = LossModule(model, codebook_penalty=0.1)
         with patch.object(distributed, "world_size", return_value=2):  # one is not wrapped
             wrapped = distributed.data_parallel(
