@@ -129,7 +129,7 @@ def test_variables_of_a_cluster(folder: Path, run: Run, leftovers: dict[str, str
 
 
 def test_time_in_which_a_run_is_stopped_does_not_count(folder: Path) -> None:
-    minutes, stopped = 0.05, 4.0
+    minutes, stopped = 0.04, 2.0
     args = ["pretrain", "corpus.txt", "--minutes", str(minutes), *SMALL]
     with subprocess.Popen(
         [*REAL, *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

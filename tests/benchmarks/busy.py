@@ -3,12 +3,11 @@
     python tests/benchmarks/busy.py corpus.txt --base ../old_version --minutes 1 --repeats 5
 
 Runs ``hrm-esp pretrain`` alone, beside one busy process and beside two, and ``hrm-esp generate``
-with the model; of each the bytes per second, as a share of the speed alone. With --base, another
-checkout of the package runs in turn with this one, and its speed alone is 100%.
+with the model; of each the bytes per second, as a share of the speed alone. With --base, that is
+the speed of another checkout of the package, which runs in turn with this one.
 """
 
 import argparse
-import os
 import re
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ TEXT_BYTES = 4000  # that a call generates
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--base", type=Path, help="another checkout, to compare with")
+    parser.add_argument("--base", type=Path, help="another checkout, whose speed alone is 100%%")
     parser.add_argument("--size", default="small")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
@@ -37,9 +36,11 @@ def main() -> None:
     trees = {"base": args.base.resolve(), "now": HERE} if args.base else {"now": HERE}
     train, write = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(args.repeats):
+        for repeat in range(args.repeats):
             for n_busy in range(args.max_busy + 1):
-                for name, tree in trees.items():
+                for name, tree in sorted(trees.items(), reverse=bool(repeat % 2)):
+                    if name == "base" and n_busy:
+                        continue
                     with busy_processes(n_busy):
                         key, out = (name, n_busy), Path(folder) / name
                         train.setdefault(key, []).append(train_speed(tree, out, args))
@@ -69,23 +70,21 @@ def busy_processes(n: int) -> Iterator[None]:
             process.wait()
 
 
-def environment(tree: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(tree)}
-
-
-def command_line(*args: object) -> list[str]:
-    return [sys.executable, "-m", "hrm_esp", *map(str, args)]
+def start(tree: Path, *args: object) -> subprocess.Popen[str]:
+    """Starts ``hrm-esp`` of a checkout."""
+    command = [sys.executable, "-m", "hrm_esp", *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def train_speed(tree: Path, out: Path, args: argparse.Namespace) -> float:
     """Returns the bytes per second of a run."""
-    command = command_line(
-        "pretrain", args.corpus, "--size", args.size, "--minutes", args.minutes, "--out_dir", out,
-        "--overwrite", "--set", "val_fraction=0",
-    )  # fmt: skip
-    result = subprocess.run(
-        command, env=environment(tree), check=True, capture_output=True, text=True
-    ).stdout
+    with start(
+        tree, "pretrain", args.corpus.resolve(), "--size", args.size, "--minutes", args.minutes,
+        "--out_dir", out, "--overwrite", "--set", "val_fraction=0",
+    ) as process:  # fmt: skip
+        result, _ = process.communicate()
     found = re.search(r"([\d,]+) bytes seen in .* ([\d,]+) s", result)
     assert found is not None, result
     return int(found[1].replace(",", "")) / int(found[2].replace(",", ""))
@@ -94,15 +93,14 @@ def train_speed(tree: Path, out: Path, args: argparse.Namespace) -> float:
 def write_speed(tree: Path, out: Path) -> float:
     """Returns the bytes per second of a text, from its first byte on."""
     prompt = "La"
-    command = command_line(
-        "generate", "--ckpt", out / "pretrain_last.pt", "--prompt", prompt, "--seed", 1,
+    with start(
+        tree, "generate", "--ckpt", out / "pretrain_last.pt", "--prompt", prompt, "--seed", 1,
         "--max_new_tokens", TEXT_BYTES, "--min_new_tokens", TEXT_BYTES,
-    )  # fmt: skip
-    with subprocess.Popen(command, env=environment(tree), stdout=subprocess.PIPE) as process:
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         process.stdout.read(len(prompt) + 1)
         begin = time.perf_counter()
-        n = len(process.stdout.read())
+        n = len(process.stdout.read().encode())
         seconds = time.perf_counter() - begin
     assert process.returncode == 0 and n >= TEXT_BYTES - 1
     return n / seconds
