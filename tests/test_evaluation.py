@@ -132,8 +132,8 @@ def answering_model(seed: int, **kind: object) -> HRMModel:
     characters of several bytes."""
     model = random_model(seed, max_len=8, **kind)
     with torch.no_grad():
-        model.executor.lm_head.weight[EOS] *= 4
-        model.executor.lm_head.weight[ord("a") : ord("d") + 1] *= 4
+        model.executor.lm_head.weight[EOS] *= 5
+        model.executor.lm_head.weight[ord("a") : ord("d") + 1] *= 3
         model.executor.lm_head.weight[0x80:0x100] *= 2
     return model
 
@@ -173,7 +173,7 @@ KINDS = (
 def test_a_target_is_right_if_it_would_be_generated(kind: dict[str, object]) -> None:
     """Also if the answer ends where ``max_len`` is full, and the window has moved."""
     n_right = n_full = 0
-    for seed in range(2):
+    for seed in (4, 10):
         model = answering_model(seed, **kind)
         prompts = ["ñandú", "", *("".join(letters) * 4 for letters in product("abcd", repeat=2))]
         found = scored_as_generated(model, answerable_pairs(model, prompts))

@@ -163,7 +163,7 @@ def test_cached_equals_uncached_in_pieces_of_any_size(kind: dict[str, object]) -
             begin = sum(s.shape[1] for s in states)
             states.append(
                 model.executor.hidden_states(
-                    y_in[:, begin:end], plan, encoded, cache, chars[:, begin:end], y_in[:, :begin]
+                    y_in[:, begin:end], plan, encoded, cache, chars[:, begin:end]
                 )
             )
         close(torch.cat(states, 1), whole)
