@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..errors import HRMError
 from ..files import PathLike
+from ..options import describe
 
 # Names of the columns, in a header or as keys of JSON: of the prompt, and of the target.
 PAIR_NAMES = (
@@ -96,10 +97,10 @@ def choose_columns(
     def find(column: str) -> int:
         if _normalized(column) in lower:
             return lower.index(_normalized(column))
-        if column.isdecimal() and 1 <= int(column) <= n_columns:
+        if column.isdecimal() and len(column) < 10 and 1 <= int(column) <= n_columns:
             return int(column) - 1
         known = f"its columns are {', '.join(names)}" if names else f"it has {n_columns} columns"
-        raise HRMError(f"{path} has no column {column}: {known}")
+        raise HRMError(f"{path} has no column {describe(column)}: {known}")
 
     prompt = None if prompt_col is None else find(prompt_col)
     target = None if target_col is None else find(target_col)

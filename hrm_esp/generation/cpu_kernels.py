@@ -165,7 +165,8 @@ def pack_for_cpu(executor: Executor, dtype: torch.dtype) -> Executor:
     blocks: Iterable[Any] = executor.blocks
     rotary = PackedRotary(executor.positions.rotary)
     modules: dict[str, nn.Module] = {
-        "tok_emb": nn.Embedding.from_pretrained(executor.tok_emb.weight),  # always float32
+        # In float32 inside a caller's autocast, too, as PackedBlock needs it.
+        "tok_emb": nn.Embedding.from_pretrained(executor.tok_emb.weight),
         "blocks": nn.ModuleList(PackedBlock(block, dtype) for block in blocks),
         "lm_head": PackedLinear(executor.lm_head, dtype),
         "positions": with_modules(executor.positions, {"rotary": rotary}),

@@ -30,6 +30,7 @@ def ngram_hashes(
 
     Args:
         ids: (B, n_preceding + T), PAD where there is no token.
+        n_preceding: number of tokens in front that are context only.
 
     Yields:
         For each order the hashes (B, T) int64, and which n-grams are valid, (B, T) bool: those that

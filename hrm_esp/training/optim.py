@@ -10,7 +10,7 @@ from ..config import TrainConfig
 from ..device import choose_precision
 from ..model import HRMModel
 
-BETAS = (0.9, 0.95)  # of AdamW
+BETAS = (0.9, 0.95)
 # Coefficients of the polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al. 2025, algorithm
 # 1), which even out singular values. More than two take longer and improve nothing.
 POLAR_EXPRESS = (

@@ -153,15 +153,9 @@ def check_moments(optimizer: Optimizer, moments: Any, parameter: Tensor) -> None
         check_tensor(name, moments[name], parameter)
     if "exp_avg_sq" in moments and moments["exp_avg_sq"].min() < 0:
         raise HRMError("exp_avg_sq has negative values")
-    if not has_step:
-        return
-    step = moments["step"]
-    if isinstance(optimizer, AdamW):
-        check_tensor("step", step, torch.tensor(0.0))
-        step = step.item()
-    elif type(step) is not int:
-        raise HRMError(f"step is {describe(step)}")
-    check_bounds("step", step, **COUNT)
+    if has_step:
+        check_tensor("step", moments["step"], torch.tensor(0.0))
+        check_bounds("step", moments["step"].item(), **COUNT)
 
 
 def load_scaler(training: Any, scaler: GradScaler) -> None:
