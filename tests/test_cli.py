@@ -286,7 +286,6 @@ BAD = {
         "./pairs.tsv",
     ),
     "no run to plot": ("plot", "folder"),
-    "a device to plot": ("plot", "/dev/null"),  # others have no end
     "unknown picture": ("plot", "folder", "-o", "a.gif"),
     "missing text": ("evaluate", "nowhere.txt", "--ckpt", "good.pt"),
     "empty text": ("evaluate", "empty.txt", "--ckpt", "good.pt"),

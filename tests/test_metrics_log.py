@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp.analysis.plot import read_runs
+from hrm_esp.errors import HRMError
 from hrm_esp.json_lines import to_json
 from hrm_esp.training.metrics_log import MetricsLog
 from hrm_esp.training.state import RunState
@@ -117,3 +119,9 @@ def test_json_has_no_nan(value: object) -> None:
         raise AssertionError(word)
 
     json.loads(line, parse_constant=refuse)
+
+
+def test_no_device_is_read_as_a_log() -> None:
+    """Some have no end; this one is empty."""
+    with pytest.raises(HRMError, match="no log of a run"):
+        read_runs([os.devnull])

@@ -215,7 +215,7 @@ TABLES = {
     ),
     "columns by number": case("1,x,y\n", [("y", "x")], prompt_col="3", target_col="2"),
     "a column that is not there": case("a;b\nx;y\n", None, "are a, b", prompt_col="c"),
-    "a column of many digits": case("a;b\nx;y\n", None, "are a, b", prompt_col="9" * 5000),
+    "a column of many digits": case("a;b\nx;y\n", None, "has 2 columns", prompt_col="9" * 5000),
     "jsonl": case(jsonl("prompt", "completion"), ROWS, "JSON", "a.jsonl"),
     "jsonl of questions": case(jsonl("question", "answer"), ROWS, "JSON", "a.JSONL"),
     "jsonl of text": case('{"text": "uno"}\n', [("uno", "")], "no target", "a.jsonl"),
