@@ -1,5 +1,6 @@
 import itertools
 import math
+import os
 import pickle
 import random
 import zipfile
@@ -313,3 +314,9 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(saved: Path, tmp_pa
             packed.writestr(name, stored.read(name))
     with pytest.raises(HRMError, match="damaged"):
         load_checkpoint(tmp_path / "packed.pt")
+
+
+def test_no_device_is_read_as_a_checkpoint() -> None:
+    """Some have no end; this one is empty."""
+    with pytest.raises(HRMError, match="no checkpoint"):
+        load_checkpoint(os.devnull)

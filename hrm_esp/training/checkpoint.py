@@ -105,7 +105,7 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
         raise HRMError(
             f"{path} is a folder: give a checkpoint in it, such as {path}/pretrain_best.pt"
         )
-    if not path.exists():
+    if not path.is_file():  # a device may have no end
         raise HRMError(f"no checkpoint {path}: run hrm-esp pretrain first, or give --ckpt")
     content = read_archive(path)
     foreign = HRMError(f"{path} is not a checkpoint of hrm-esp")
