@@ -7,7 +7,7 @@ import pytest
 from command_fuzz import Case, cases, make_template, run_case
 from hypothesis import HealthCheck, Phase, given, settings
 
-N_CASES = 25
+N_CASES = 25  # about a second each
 
 
 @pytest.fixture(scope="module")

@@ -50,12 +50,11 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     for folder in map(Path, folders):
         path = folder / "metrics.jsonl" if folder.is_dir() else folder
         try:
-            # A device may have no end.
-            lines = path.read_bytes().split(b"\n") if path.is_file() else None
-        except OSError:
-            lines = None
-        if lines is None:
-            raise HRMError(f"no log of a run in {folder}: give the --out_dir of one")
+            if not path.is_file():  # a device may have no end
+                raise FileNotFoundError(path)
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise HRMError(f"no log of a run in {folder}: give the --out_dir of one") from error
         by_stage: dict[str, list[dict[str, Any]]] = {}
         n_foreign = 0
         for line in filter(bytes.strip, lines):

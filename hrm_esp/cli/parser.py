@@ -133,8 +133,8 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=SIZES,
         default="small",
-        help="1.4, 7.6 or 51 million weights; sets d_model, n_heads and "
-        "the number of layers (default: small)",
+        help="1.4, 7.6 or 51 million weights; sets d_model, n_heads and the number of layers "
+        "(default: small)",
     )
     add_fields(groups, HRMConfig)
     add_fields(groups, PretrainConfig)

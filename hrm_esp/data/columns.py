@@ -97,6 +97,7 @@ def choose_columns(
     def find(column: str) -> int:
         if _normalized(column) in lower:
             return lower.index(_normalized(column))
+        # int() reads no number of thousands of digits.
         if column.isdecimal() and len(column) < 10 and 1 <= int(column) <= n_columns:
             return int(column) - 1
         known = f"its columns are {', '.join(names)}" if names else f"it has {n_columns} columns"

@@ -42,7 +42,7 @@ def ngram_hashes(
         ids = F.pad(ids, (missing, 0), value=PAD)
     end = ids.shape[1]
     hashes = ids.new_zeros((len(ids), n))
-    valid = hashes == 0
+    valid = torch.ones_like(hashes, dtype=torch.bool)
     for k in range(max_order):
         token = ids[:, end - n - k : end - k]
         valid = valid & (token != PAD)
