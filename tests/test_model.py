@@ -154,8 +154,9 @@ def test_cached_equals_uncached_in_pieces_of_any_size(kind: dict[str, object]) -
     y_in, chars = tokens(2, 24, seed=1), torch.arange(24).expand(2, 24)
     encoded = model.planner.encode(tokens(2, 9)) if model.config.cross_attention else None
     plan, _ = model.planner(tokens(2, 9))
+    probs = torch.rand(*y_in.shape, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        whole = model.executor.hidden_states(y_in, plan, encoded)
+        whole = model.executor.hidden_states(y_in, plan, encoded, probs)
         prompt_len = 0 if encoded is None else 9
         cache = ExecutorCache(model.config.n_layers_dec, 33, prompt_len)
         states: list[torch.Tensor] = []
@@ -163,7 +164,12 @@ def test_cached_equals_uncached_in_pieces_of_any_size(kind: dict[str, object]) -
             begin = sum(s.shape[1] for s in states)
             states.append(
                 model.executor.hidden_states(
-                    y_in[:, begin:end], plan, encoded, cache, chars[:, begin:end]
+                    y_in[:, begin:end],
+                    plan,
+                    encoded,
+                    probs[:, begin:end],
+                    cache,
+                    chars[:, begin:end],
                 )
             )
         close(torch.cat(states, 1), whole)

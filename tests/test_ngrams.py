@@ -106,7 +106,8 @@ def compute(
     states = torch.zeros(*ids.shape, 4)
     p = torch.full(targets.shape, 1 / 260)
     with torch.no_grad():
-        probs, _ = mixture.target_probs(p, states, ids, targets, preceding_ids, leave_one_out)
+        counts = mixture.lookup(ids, targets, preceding_ids, leave_one_out)
+        probs, _ = mixture.target_probs(p, states, *counts)
         found = mixture.find_continuations(ids, preceding_ids)
         log_probs = mixture.log_probs(torch.zeros(*ids.shape, 260), states, found)
     return probs[0], log_probs[0], targets[0]
@@ -123,6 +124,35 @@ def test_probabilities_equal_counting_by_hand(text: str, other: str, begin: int)
         assert p == pytest.approx(by_hand, rel=1e-4)
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(len(probs)))
     torch.testing.assert_close(log_probs.gather(1, targets[:, None])[:, 0], probs.log())
+
+
+@settings(max_examples=40)
+@given(TEXTS, TEXTS, TEXTS, BEGINS, st.booleans())
+def test_the_network_reads_what_the_counts_alone_predict(
+    text: str, other: str, more: str, begin: int, leave_one_out: bool
+) -> None:
+    """The mixture without network and state. All tokens as looked up one by one; and the target,
+    where its window is subtracted from the counts."""
+    window = other.encode()
+    counted = text.encode() + (window if leave_one_out else b"") + more.encode()
+    mixture = random_mixture(counted)
+    data = np.frombuffer(window, dtype=np.uint8)
+    ids, targets = (
+        torch.from_numpy(f(d)) for f, d in ((as_inputs, data[:-1]), (as_targets, data[1:]))
+    )
+    preceding_ids, ids, targets = ids[None, :begin], ids[None, begin:], targets[None, begin:]
+    found, _ = mixture.lookup(ids, targets, preceding_ids, leave_one_out)
+    probs = mixture.probs(found)
+    assert probs.min() > -1e-6 and probs.sum(-1).max() < 1 + 1e-6
+    by_hand = [
+        prob_by_hand(mixture, 0.0, counted, window, i, begin, leave_one_out)
+        for i in range(begin + 1, len(window))
+    ]
+    of_target = probs.gather(1, targets[0, :, None])[:, 0]
+    torch.testing.assert_close(of_target, torch.tensor(by_hand), rtol=1e-4, atol=1e-6)
+    if not leave_one_out:
+        one_by_one = mixture.probs(mixture.find_continuations(ids, preceding_ids))
+        torch.testing.assert_close(probs, one_by_one, rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=40)
@@ -179,7 +209,8 @@ def test_gate_means_are_means_after_similar_contexts(text: str, other: str, seed
     states = torch.randn(2, 1, ids.shape[1], 4, generator=torch.Generator().manual_seed(seed))
     for batch in states:
         no_targets = torch.full_like(ids, PAD)
-        _, gate_logits = mixture.target_probs(torch.ones(ids.shape), batch, ids, no_targets)
+        counts = mixture.lookup(ids, no_targets)
+        _, gate_logits = mixture.target_probs(torch.ones(ids.shape), batch, *counts)
         mixture.gate_means.update([(ids, gate_logits.detach())])
     with torch.no_grad():
         gate_logits = mixture.gate_proj(states)[:, 0].numpy()

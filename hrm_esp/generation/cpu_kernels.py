@@ -171,6 +171,8 @@ def pack_for_cpu(executor: Executor, dtype: torch.dtype) -> Executor:
         "lm_head": PackedLinear(executor.lm_head, dtype),
         "positions": with_modules(executor.positions, {"rotary": rotary}),
     }
+    if executor.from_ngrams is not None:
+        modules["from_ngrams"] = PackedLinear(executor.from_ngrams, torch.float32)
     return with_modules(executor, modules)
 
 

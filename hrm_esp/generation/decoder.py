@@ -18,8 +18,8 @@ from torch import Tensor
 from ..device import adapt_threads, autocast, limit_threads
 from ..model import EncoderOutput, Executor, ExecutorCache, HRMModel
 from ..model.embeddings import character_positions
-from ..ngrams import ContextMatch, NgramContext, draft_probs
-from ..tokenizer import starts_character
+from ..ngrams import ContextMatch, Continuations, NgramContext, draft_probs
+from ..tokenizer import VOCAB_SIZE, starts_character
 from .windows import window_start
 
 Array = NDArray[np.float32]
@@ -33,7 +33,7 @@ class DecoderRow:
     ``char_positions``: the character of the answer each token is part of, with cross-attention
     only. ``window_start``: of the window in the cache, -1 if there is none. With n-gram counts
     ``context`` is the end of the text from ``context_start`` on, and ``matches`` are the contexts
-    at the pending tokens.
+    at the tokens of the window.
     """
 
     tokens: list[int]
@@ -125,24 +125,25 @@ class Decoder:
         self.cache = cache
         # Step 2: run the Executor, on the whole window if the cache is empty.
         n_read = n if cache.length else len(self.rows[0].tokens) - self.rows[0].window_start
+        found = self._continuations(self.rows, -n_read, None)
         with self._threads(n_read), autocast(self.device, self.dtype):
             states = self.executor.hidden_states(
                 self._ids(row.tokens[-n_read:] for row in self.rows),
                 self.plan,
                 self.encoded,
+                self._ngram_probs(found, len(self.rows)),
                 cache,
                 self._char_positions(self.rows, -n_read, None),
             )[:, -n:]
             logits = self.executor.lm_head(states)
             # Step 3: mix with the n-gram counts.
-            if self.ngrams is None:
+            if self.ngrams is None or found is None:
                 log_probs = logits.float().log_softmax(-1)
             else:
-                matches = list(chain.from_iterable(row.matches for row in self.rows))
-                found = self.index.gather_continuations(matches)
+                if n < n_read:
+                    found = self._continuations(self.rows, -n, None)
+                    assert found is not None
                 log_probs = self.ngrams.log_probs(logits, states, found)
-        for row in self.rows:
-            row.matches = []
         self.n_pending = 0
         array: Array = log_probs.cpu().numpy()
         return array
@@ -157,6 +158,7 @@ class Decoder:
         self.cache.truncate(n)
         if row.context is not None:
             row.context.rollback(n)
+            del row.matches[-n:]
 
     def draft_probs(self) -> dict[int, float]:
         """Predicts the token after the last pending one of the only row, by n-gram counts alone;
@@ -191,16 +193,39 @@ class Decoder:
         return window_start(n_tokens, self.config.max_len)
 
     def _extend_context(self, row: DecoderRow) -> None:
-        """Adds the last token of a row to its n-gram context, or starts a new one: the text whose
-        n-grams are counted moves with the window."""
-        window_begin = len(row.preceding) + self._window_start(len(row.tokens))
-        start = max(0, window_begin - self.config.recent_len)
-        if row.context is None or start != row.context_start:
-            row.context = NgramContext(self.index, (row.preceding + row.tokens)[start:])
-            row.context_start = start
+        """Adds the last token of a row to its n-gram context, or starts a new one and adds the
+        tokens of the window: the text whose n-grams are counted moves with the window."""
+        window_start = self._window_start(len(row.tokens))
+        window_len = len(row.tokens) - window_start
+        start = max(0, len(row.preceding) + window_start - self.config.recent_len)
+        if row.context is not None and start == row.context_start:
+            added = row.tokens[-1:]
         else:
-            row.context.append(row.tokens[-1])
-        row.matches.append(row.context.match())
+            text = row.preceding + row.tokens
+            row.context = NgramContext(self.index, text[start : len(text) - window_len + 1])
+            row.context_start, row.matches = start, [row.context.match()]
+            added = row.tokens[window_start + 1 :]
+        for token in added:
+            row.context.append(token)
+            row.matches.append(row.context.match())
+        del row.matches[:-window_len]
+
+    def _continuations(
+        self, rows: Sequence[DecoderRow], begin: int | None, end: int | None
+    ) -> Continuations | None:
+        """Returns the continuations of the contexts in a part of the rows' windows, ``None``
+        without n-gram counts."""
+        if self.ngrams is None:
+            return None
+        matches = chain.from_iterable(row.matches[begin:end] for row in rows)
+        return self.index.gather_continuations([*matches])
+
+    def _ngram_probs(self, found: Continuations | None, n_rows: int) -> Tensor | None:
+        """Returns what the n-gram counts predict, (n_rows, T, V)."""
+        if self.ngrams is None or found is None:
+            return None
+        probs = self.ngrams.probs(found)
+        return probs.view(n_rows, len(probs) // n_rows, VOCAB_SIZE)
 
     def _select_encoded(self, index: Tensor) -> EncoderOutput | None:
         if self.encoded is None:
@@ -250,8 +275,9 @@ class Decoder:
         cache = self._new_cache(self.config.max_len + 1, encoded)
         ids = self._ids(row.tokens[row.window_start : -n] for row in rows)
         chars = self._char_positions(rows, None, -n)
+        probs = self._ngram_probs(self._continuations(rows, None, -n), len(rows))
         with autocast(self.device, self.dtype):
-            self.executor.hidden_states(ids, self.plan[index], encoded, cache, chars)
+            self.executor.hidden_states(ids, self.plan[index], encoded, probs, cache, chars)
         return cache
 
     def _new_cache(self, capacity: int, encoded: EncoderOutput | None) -> ExecutorCache:

@@ -44,6 +44,9 @@ class Executor(nn.Module):
         self.norm = RMSNorm(config.d_model)
         self.lm_head = linear(config.d_model, VOCAB_SIZE, zero=True)
         self.ngrams = NgramMixture(config) if config.counts_ngrams else None
+        self.from_ngrams = linear(VOCAB_SIZE, config.d_model) if config.counts_ngrams else None
+        if self.from_ngrams is not None:
+            nn.init.normal_(self.from_ngrams.weight)  # as token embeddings
 
     def forward(
         self,
@@ -73,11 +76,14 @@ class Executor(nn.Module):
         Raises:
             ValueError: ``y_in`` is longer than ``max_len``.
         """
-        states = self.hidden_states(y_in, plan, encoded, char_positions=char_positions)
+        found = probs = None
+        if self.ngrams is not None:
+            found = self.ngrams.find_continuations(y_in, preceding_ids)
+            probs = self.ngrams.probs(found).view(*y_in.shape, -1)
+        states = self.hidden_states(y_in, plan, encoded, probs, char_positions=char_positions)
         logits: Tensor = self.lm_head(states)
-        if self.ngrams is None:
+        if self.ngrams is None or found is None:
             return logits.log_softmax(-1)
-        found = self.ngrams.find_continuations(y_in, preceding_ids)
         return self.ngrams.log_probs(logits, states, found)
 
     def nll(
@@ -93,12 +99,19 @@ class Executor(nn.Module):
 
         Args:
             y_out: (B, T), the targets; PAD is ignored.
-            leave_one_out: for training, see `NgramMixture.target_probs`.
+            leave_one_out: for training, see `NgramMixture.lookup`.
 
         Other arguments and errors as in `forward`.
         """
-        # Step 1: the network alone. The first position is [PLAN], which has no target.
-        states = self.hidden_states(y_in, plan, encoded, keep_plan=True)
+        # Step 1: the n-gram counts.
+        probs = None
+        if self.ngrams is not None:
+            found, continuation_count = self.ngrams.lookup(
+                y_in, y_out, preceding_ids, leave_one_out
+            )
+            probs = self.ngrams.probs(found).view(*y_in.shape, -1)
+        # Step 2: the network alone. The first position is [PLAN], which has no target.
+        states = self.hidden_states(y_in, plan, encoded, probs, keep_plan=True)
         logits = self.lm_head(states).float()
         plan_log_probs = logits[:, 0].log_softmax(-1)
         targets = F.pad(y_out, (1, 0), value=PAD)
@@ -107,11 +120,11 @@ class Executor(nn.Module):
         ).view(targets.shape)[:, 1:]
         if self.ngrams is None:
             return TargetLoss(network.sum(1), network.sum(1), plan_log_probs, None)
-        # Step 2: the mixture with the n-gram counts.
-        probs, gate_logits = self.ngrams.target_probs(
-            (-network).exp(), states[:, 1:], y_in, y_out, preceding_ids, leave_one_out
+        # Step 3: the mixture of both.
+        target_probs, gate_logits = self.ngrams.target_probs(
+            (-network).exp(), states[:, 1:], found, continuation_count
         )
-        mixture = -torch.where(y_out != PAD, probs, 1.0).log()
+        mixture = -torch.where(y_out != PAD, target_probs, 1.0).log()
         return TargetLoss(mixture.sum(1), network.sum(1), plan_log_probs, gate_logits)
 
     def hidden_states(
@@ -119,6 +132,7 @@ class Executor(nn.Module):
         y_in: Tensor,
         plan: Tensor,
         encoded: EncoderOutput | None = None,
+        ngram_probs: Tensor | None = None,
         cache: ExecutorCache | None = None,
         char_positions: Tensor | None = None,
         keep_plan: bool = False,
@@ -126,6 +140,8 @@ class Executor(nn.Module):
         """Runs the blocks. Returns the states that predict each next token, (B, T, D).
 
         Args:
+            ngram_probs: what the n-gram counts predict after each of y_in, (B, T, V); ``None`` in a
+                model without counts. The network reads square roots: small probabilities differ.
             cache: of the tokens before ``y_in``; y_in is added. [PLAN] precedes y_in only where the
                 cache is empty.
             keep_plan: also return the state of [PLAN], as the first, (B, 1 + T, D).
@@ -134,6 +150,10 @@ class Executor(nn.Module):
         """
         # Step 1: embed the tokens, with [PLAN] in front at the start of a window.
         x = self.tok_emb(y_in)
+        if self.from_ngrams is not None:
+            assert ngram_probs is not None
+            # Below zero only by rounding, where a count was subtracted.
+            x = x + self.from_ngrams(ngram_probs.clamp(min=0).sqrt()).to(x.dtype)
         is_start = cache is None or cache.length == 0
         if is_start:
             plan_token = self.tok_emb.weight[PLAN] + self.from_plan(plan.to(x.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from operator import sub
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from .hashing import RollingHash, hash_powers, stack_hashes
 from .table import TOKEN_BITS, NgramTable, entry_key
 
 MAX_TOKEN = 2**TOKEN_BITS - 1
+
+Array = Any  # torch.Tensor or np.ndarray
 
 
 class ContextMatch(NamedTuple):
@@ -35,19 +37,19 @@ class ContextMatch(NamedTuple):
 
 
 class Continuations(NamedTuple):
-    """All continuations of the contexts at P positions.
+    """All continuations of the contexts at P positions, as NumPy arrays; in training, as tensors.
 
-    ``context_count`` and ``n_continuations`` (P, N) as in `ContextStats`. Then for each of M pairs
+    ``context_count`` and ``n_continuations`` (P, N) as in `ContextCounts`. Then for each of M pairs
     of a context and a token that continued it, (M,) each: ``context_index`` into the P * N
     contexts, ``token_index`` into the P * V tokens, and the ``frequency`` of the token after the
     context, relative to the context's count.
     """
 
-    context_count: NDArray[np.float32]
-    n_continuations: NDArray[np.float32]
-    context_index: NDArray[np.int64]
-    token_index: NDArray[np.int64]
-    frequency: NDArray[np.float32]
+    context_count: Array
+    n_continuations: Array
+    context_index: Array
+    token_index: Array
+    frequency: Array
 
 
 # What continued one context: its index among the N orders, its count, the tokens and how often each
@@ -109,8 +111,9 @@ class NgramIndex:
         n_orders = len(self.longest_first)
         # Step 1: count and number of continuations of the contexts in the table.
         n_found = [len(match.ranges) for match in matches]
-        begin, end = np.concatenate([match.ranges for match in matches]).T
-        context = np.concatenate([self.table_index[:n] for n in n_found])
+        none = np.empty((0, 2), np.int64)  # there may be no position
+        begin, end = np.concatenate([none, *(match.ranges for match in matches)]).T
+        context = np.concatenate([self.table_index[:n] for n in (0, *n_found)])
         context += np.arange(0, len(matches) * n_orders, n_orders).repeat(n_found)
         size = end - begin
         stats = np.zeros((2, len(matches) * n_orders), np.float32)

@@ -1,7 +1,8 @@
 """The mixture of the network with n-gram counts: the model's probability of a byte.
 
 A network needs many passes to memorize what a table holds after one. So the Executor leaves
-memorizing to counts of the training text, and of the text just read, and learns the rest.
+memorizing to counts of the training text, and of the text just read, and learns the rest. What the
+counts predict is also an input of the network: it learns where they are wrong.
 
 Orders are sorted, n = 1 .. N from the shortest context to the longest; of equal orders, that of the
 text just read comes last. Let p_0 be the network's distribution, C_n the count of the context of
@@ -20,6 +21,9 @@ This is deleted interpolation (Jelinek & Mercer 1980) with a learned gate: h is 
 the form for tensors and NumPy arrays; `draft_probs` at the end of this file is the form for a
 single position, in plain Python.
 
+Before the network has run, its part and its state are unknown. So its input is the same sum without
+the network (p_0 = 0) and with U h = 0, see `ngram_probs`.
+
 Shapes: B rows, T positions, R preceding positions, N orders, D = d_model, V = vocab_size.
 """
 
@@ -37,8 +41,9 @@ from torch import Tensor, nn
 
 from ..config import RECENT_ORDERS, HRMConfig
 from ..data.stream import ByteStream
-from ..tokenizer import PAD
+from ..tokenizer import PAD, VOCAB_SIZE
 from .context import (
+    Array,
     Continuations,
     NgramContext,
     NgramIndex,
@@ -46,17 +51,15 @@ from .context import (
     sort_orders,
 )
 from .gate_means import GateMeans, MeanGateLogit
-from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_stats
+from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_counts
 
 MAX_NGRAM_MASS = 1 - 2**-12  # M above
 DRAFT_TAIL_MASS = 0.2  # probability mass below which a draft ignores shorter contexts
 EPS = np.float32(1e-37)  # so that no logarithm is of zero
 
-Array = Any  # torch.Tensor or np.ndarray
-
 
 def interpolation_weights(
-    context_count: Array, n_continuations: Array, gate_logits: Array, count_weights: Array
+    context_count: Array, n_continuations: Array, gate_logits: Array | float, count_weights: Array
 ) -> tuple[Array, Array]:
     """Computes the weights of the mixture, on tensors or on NumPy arrays.
 
@@ -67,7 +70,7 @@ def interpolation_weights(
     Returns:
         The weight w_0 of the network, (...), and w_n of each order, (..., N).
     """
-    xp = array_module(gate_logits)
+    xp = array_module(context_count)
     a, b, d = count_weights.T
     score = xp.log(context_count + 1) * a + xp.log(n_continuations + 1) * b + d + gate_logits
     gates = sigmoid(score) * (context_count > 0)
@@ -100,13 +103,32 @@ def mixture_log_probs(
         count_weights,
     )
     network_weight = network_weight[..., None]
-    mass = order_weights.reshape(-1)[found.context_index] * found.frequency
-    ngram_probs = scatter_sum(mass, found.token_index, network_log_probs.shape)
+    ngram_probs = sum_continuations(order_weights, found).reshape(network_log_probs.shape)
     probs = ngram_probs + xp.exp(network_log_probs) * network_weight
     # Where no context knows a token, its probability may be too small for an exponential.
     return xp.where(
         ngram_probs > 0, xp.log(probs + EPS), network_log_probs + xp.log(network_weight)
     )
+
+
+def ngram_probs(count_weights: Array, found: Continuations) -> Array:
+    """Computes what the counts alone predict, on tensors or on NumPy arrays: (P, V), probabilities
+    whose sum is at most one.
+
+    Args:
+        count_weights: a, b and d of each order, (N, 3).
+        found: the continuations of the contexts at P positions.
+    """
+    _, order_weights = interpolation_weights(
+        found.context_count, found.n_continuations, 0.0, count_weights
+    )
+    return sum_continuations(order_weights, found)
+
+
+def sum_continuations(order_weights: Array, found: Continuations) -> Array:
+    """Sums w_n c_n(x) / C_n over the orders: weights (..., N) of P positions -> (P, V)."""
+    mass = order_weights.reshape(-1)[found.context_index] * found.frequency
+    return scatter_sum(mass, found.token_index, (len(found.context_count), VOCAB_SIZE))
 
 
 class NgramMixture(nn.Module):
@@ -118,7 +140,7 @@ class NgramMixture(nn.Module):
         self.recent_orders = [n for n in RECENT_ORDERS if n <= config.count_max]
         self.table = NgramTable([n for n in TABLE_ORDERS if n <= config.count_max])
         orders = self.table.orders + self.recent_orders
-        self.sort_index, _ = sort_orders(orders)
+        self.sort_index, self.sorted_index = sort_orders(orders)
         self.count_weights = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(len(orders), 1))
         self.gate_proj = nn.Linear(config.d_model, len(orders), bias=False)
         nn.init.zeros_(self.gate_proj.weight)
@@ -136,20 +158,17 @@ class NgramMixture(nn.Module):
             self._index = entries, NgramIndex(self.table, self.recent_orders)
         return self._index[1]
 
-    def target_probs(
+    @torch.no_grad()
+    def lookup(
         self,
-        network_probs: Tensor,
-        states: Tensor,
         ids: Tensor,
         targets: Tensor,
         preceding_ids: Tensor | None = None,
         leave_one_out: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the mixture's probability of each target.
+    ) -> tuple[Continuations, Tensor]:
+        """Looks up the contexts at all positions, for training.
 
         Args:
-            network_probs: the network's probability of each target, (B, T).
-            states: the network's, (B, T, D).
             ids: the window, (B, T).
             targets: what comes next, (B, T); PAD where it does not matter.
             preceding_ids: the text before the window, (B, R); none by default.
@@ -159,22 +178,76 @@ class NgramMixture(nn.Module):
                 no better.
 
         Returns:
-            The probabilities (B, T), and the gate logits U h (B, T, N).
+            The continuations, as tensors, and how often each context was continued by the target,
+            (B, T, N).
         """
         preceding_ids = self._recent(ids[:, :0] if preceding_ids is None else preceding_ids)
         next_tokens = torch.where(targets == PAD, following_tokens(ids), targets)
-        in_table = self.table.lookup(ids, next_tokens, preceding_ids, leave_one_out)
-        in_recent = recent_stats(ids, next_tokens, preceding_ids, self.recent_orders)
-        context_count, n_continuations, continuation_count = (
-            torch.cat(stats, dim=-1)[..., self.sort_index]
-            for stats in zip(in_table, in_recent, strict=True)
+        counts = (
+            self.table.lookup(ids, next_tokens, preceding_ids, leave_one_out),
+            recent_counts(ids, next_tokens, preceding_ids, self.recent_orders),
         )
+        context_count, n_continuations, continuation_count = (
+            torch.cat([c[i] for c in counts], dim=-1)[..., self.sort_index] for i in range(3)
+        )
+        # An index among the table's or the recent contexts becomes one among all of them.
+        n_table, n_orders = len(self.table.orders), len(self.sorted_index)
+        order_index = torch.tensor(self.sorted_index, device=ids.device)
+        context_index = torch.cat(
+            [
+                c.context_index // len(order) * n_orders + order[c.context_index % len(order)]
+                for c, order in zip(
+                    counts, (order_index[:n_table], order_index[n_table:]), strict=True
+                )
+            ]
+        )
+        context_count = context_count.flatten(0, 1)
+        found = Continuations(
+            context_count,
+            n_continuations.flatten(0, 1),
+            context_index,
+            context_index // n_orders * VOCAB_SIZE + torch.cat([c.tokens for c in counts]),
+            torch.cat([c.counts for c in counts])
+            / context_count.flatten()[context_index].clamp(min=1),
+        )
+        return found, continuation_count
+
+    def target_probs(
+        self,
+        network_probs: Tensor,
+        states: Tensor,
+        found: Continuations,
+        continuation_count: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the mixture's probability of each target.
+
+        Args:
+            network_probs: the network's probability of each target, (B, T).
+            states: the network's, (B, T, D).
+            found, continuation_count: see `lookup`.
+
+        Returns:
+            The probabilities (B, T), and the gate logits U h (B, T, N).
+        """
         gate_logits = self.gate_proj(states).float()
+        context_count = found.context_count.view(gate_logits.shape)
         network_weight, order_weights = interpolation_weights(
-            context_count, n_continuations, gate_logits, self.count_weights
+            context_count,
+            found.n_continuations.view(gate_logits.shape),
+            gate_logits,
+            self.count_weights,
         )
         ngram_probs = order_weights * continuation_count / context_count.clamp(min=1)
         return network_probs * network_weight + ngram_probs.sum(-1), gate_logits
+
+    @torch.no_grad()
+    def probs(self, found: Continuations) -> Tensor:
+        """Computes what the counts alone predict at P positions, the input of the network: (P, V)
+        on the device of the weights."""
+        if isinstance(found.frequency, Tensor):
+            return ngram_probs(self.count_weights, found)
+        probs = ngram_probs(self.count_weights.cpu().numpy(), found)
+        return torch.from_numpy(probs).to(self.count_weights.device)
 
     def log_probs(self, logits: Tensor, states: Tensor, found: Continuations) -> Tensor:
         """Computes the mixture's log-probabilities of all tokens.
@@ -191,7 +264,7 @@ class NgramMixture(nn.Module):
         gate_logits = self.gate_proj(states).float()
         network_log_probs = logits.float().log_softmax(-1)
         if states.device.type != "cpu" or torch.is_grad_enabled():
-            found = Continuations(*(torch.from_numpy(a).to(states.device) for a in found))  # type: ignore[arg-type]
+            found = Continuations(*(torch.from_numpy(a).to(states.device) for a in found))
             return mixture_log_probs(network_log_probs, gate_logits, self.count_weights, found)
         # For the few positions of a decoding step NumPy is several times as fast as PyTorch.
         mixed = mixture_log_probs(

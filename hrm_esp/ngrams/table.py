@@ -4,7 +4,8 @@ An *entry* is a context and the token that continued it. A context of order n is
 The table holds all entries of all orders in one sorted array, so that the entries of one context
 lie side by side.
 
-Shapes: B rows, T positions, R preceding positions, N orders, E entries.
+Shapes: B rows, T positions, R preceding positions, N orders, E entries, M pairs of a context and a
+token.
 """
 
 from __future__ import annotations
@@ -51,17 +52,24 @@ def is_valid_table(entries: Tensor, cumulative: Tensor) -> bool:
     )
 
 
-class ContextStats(NamedTuple):
-    """Statistics of the context at each position, for each order; all (B, T, N).
+class ContextCounts(NamedTuple):
+    """Counts of the contexts at each position, for each order.
 
-    ``context_count``: how often the context occurred, 0 if it is not to be used.
-    ``n_continuations``: by how many different tokens it was continued.
-    ``continuation_count``: how often by the token that comes next here.
+    ``context_count``: how often the context occurred, 0 if it is not to be used, (B, T, N).
+    ``n_continuations``: by how many different tokens it was continued, (B, T, N).
+    ``continuation_count``: how often by the token that comes next here, (B, T, N).
+
+    Then M pairs of a context and a token that continued it, (M,) each: ``context_index`` into the
+    B * T * N contexts, ``tokens``, and ``counts``. A pair may be there several times; its counts
+    add up, and negative ones are subtracted.
     """
 
     context_count: Tensor
     n_continuations: Tensor
     continuation_count: Tensor
+    context_index: Tensor
+    tokens: Tensor
+    counts: Tensor
 
 
 class NgramTable(nn.Module):
@@ -138,7 +146,7 @@ class NgramTable(nn.Module):
 
     def lookup(
         self, ids: Tensor, next_tokens: Tensor, preceding_ids: Tensor, leave_one_out: bool
-    ) -> ContextStats:
+    ) -> ContextCounts:
         """Looks up the contexts at all positions.
 
         Args:
@@ -146,29 +154,33 @@ class NgramTable(nn.Module):
             preceding_ids: (B, R), the text before the window.
             leave_one_out: subtract the counts of windows that are part of the counted text.
         """
-        # Step 1: find the range of each context's entries, and the entry of the next token.
+        # Step 1: find the range of each context's entries.
         hashes, valid = stack_hashes(ids, self.orders, preceding_ids)
         begin = torch.searchsorted(self.entries, entry_key(hashes, 0))
         end = torch.searchsorted(self.entries, entry_key(hashes, 2**TOKEN_BITS - 1), right=True)
         end = torch.where(valid, end, begin)
-        keys = entry_key(hashes, next_tokens[..., None])
-        index = torch.searchsorted(self.entries, keys).clamp_(max=len(self.entries) - 1)
-        # Step 2: read the counts.
-        found = (self.entries[index] == keys) & (end > begin)
-        continuation_count = torch.where(
-            found, self.cumulative[index + 1] - self.cumulative[index], 0
-        )
+        # Step 2: read the entries.
+        index, context_index = concatenate_ranges(begin.flatten(), end.flatten())
+        token = self.entries[index] & 2**TOKEN_BITS - 1
+        count = (self.cumulative[index + 1] - self.cumulative[index]).long()
         context_count = self.cumulative[end] - self.cumulative[begin]
         n_continuations = end - begin
+        is_next = token == next_tokens.flatten()[context_index // len(self.orders)]
+        continuation_count = torch.zeros_like(n_continuations)
+        continuation_count.view(-1)[context_index[is_next]] = count[is_next]
         if not leave_one_out:
-            return ContextStats(context_count, n_continuations, continuation_count)
+            return ContextCounts(
+                context_count, n_continuations, continuation_count, context_index, token, count
+            )
         # Step 3: subtract what the window itself added, if it is part of the counted text. In the
         # window each context occurs same_context.size() times, each entry same_entry.size() times;
         # an entry that occurs nowhere else is a continuation less.
-        same_context, same_entry = GroupedPositions(entry_key(hashes, 0)), GroupedPositions(keys)
+        same_context = GroupedPositions(entry_key(hashes, 0))
+        same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
         only_here = (same_entry.rank() == 0) & (continuation_count == same_entry.size())
         unseen = (context_count > 0) & (continuation_count == 0)
-        counted = self._is_counted(ids, next_tokens, unseen).long()
+        is_counted = self._is_counted(ids, next_tokens, unseen)
+        counted = is_counted.long()
         context_count = (context_count - counted * same_context.size()).clamp_(min=0)
         n_continuations = n_continuations - counted * same_context.total(only_here.long())
         n_continuations = n_continuations.clamp_(min=0)
@@ -176,7 +188,16 @@ class NgramTable(nn.Module):
         # A context of which one occurrence is left has no longer ones either.
         shorter_is_frequent = F.pad(context_count[..., :-1], (1, 0), value=2) > 1
         context_count = torch.where(shorter_is_frequent, context_count, 0)
-        return ContextStats(context_count, n_continuations, continuation_count)
+        own_index, own_position = same_context.pairs(is_counted & (context_count > 0))
+        own_token = next_tokens.flatten()[own_position]
+        return ContextCounts(
+            context_count,
+            n_continuations,
+            continuation_count,
+            torch.cat((context_index, own_index)),
+            torch.cat((token, own_token)),
+            torch.cat((count, torch.full_like(own_token, -1))),
+        )
 
     def _is_counted(self, ids: Tensor, next_tokens: Tensor, unseen: Tensor) -> Tensor:
         """Which rows are part of the counted text, (B, 1, 1) bool.
@@ -196,9 +217,9 @@ class NgramTable(nn.Module):
         return ~evidence.any(2, keepdim=True).any(1, True)
 
 
-def recent_stats(
+def recent_counts(
     ids: Tensor, next_tokens: Tensor, preceding_ids: Tensor, orders: Sequence[int]
-) -> ContextStats:
+) -> ContextCounts:
     """Counts the contexts at all positions in the text just read: the window up to the position,
     and ``preceding_ids`` before it (a cache model: Kuhn & De Mori 1990).
 
@@ -214,8 +235,22 @@ def recent_stats(
     same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
     is_first = (same_entry.rank() == 0).long()
     context_count = torch.where(valid, same_context.rank(), 0)
-    stats = ContextStats(context_count, same_context.total_before(is_first), same_entry.rank())
-    return ContextStats(*(s[:, n_preceding:] for s in stats))
+    n_continuations = same_context.total_before(is_first)
+    continuation_count = same_entry.rank()
+    # The continuations: what came after the earlier positions with the same context.
+    is_used = context_count > 0
+    is_used[:, :n_preceding] = False
+    index, position = same_context.pairs(is_used, earlier=True)
+    token = next_tokens.flatten()[position]
+    index -= (index // (ids.shape[1] * len(orders)) + 1) * (n_preceding * len(orders))
+    return ContextCounts(
+        context_count[:, n_preceding:],
+        n_continuations[:, n_preceding:],
+        continuation_count[:, n_preceding:],
+        index,
+        token,
+        torch.ones_like(token),
+    )
 
 
 class GroupedPositions:
@@ -236,6 +271,31 @@ class GroupedPositions:
     def _cumulative(self, values: Tensor) -> Tensor:
         return F.pad(values.gather(1, self.sort_index).cumsum(1), (0, 0, 1, 0))
 
+    def pairs(self, is_used: Tensor, earlier: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns pairs of positions of a row that have the same key, for each order.
+
+        Args:
+            is_used: (B, T, N), which are the first of a pair.
+            earlier: only pairs whose second position is earlier.
+
+        Returns:
+            Of each pair the first as an index into B * T * N, and the second one's position as an
+            index into B * T.
+        """
+        n_rows, n, n_orders = is_used.shape
+        rows = torch.arange(n_rows, device=is_used.device)[:, None, None]
+        orders = torch.arange(n_orders, device=is_used.device)
+        # Groups are side by side in sorted order, row by row and order by order.
+        position = (rows * n + self.sort_index).transpose(1, 2).flatten()
+        index = position * n_orders + orders.repeat_interleave(n).repeat(n_rows)
+        (used,) = is_used.flatten()[index].nonzero(as_tuple=True)
+        begin, end = (
+            ((rows * n_orders + orders) * n + x).transpose(1, 2).flatten()[used]
+            for x in (self.begin, self.index if earlier else self.end)
+        )
+        other, pair = concatenate_ranges(begin, end)
+        return index[used[pair]], position[other]
+
     def rank(self) -> Tensor:
         """Number of earlier positions with the same key, (B, T, N)."""
         return self._unsort(self.index - self.begin)
@@ -253,6 +313,15 @@ class GroupedPositions:
         """Sum of values (B, T, N) over all positions with the same key, (B, T, N)."""
         sums = self._cumulative(values)
         return self._unsort(sums.gather(1, self.end) - sums.gather(1, self.begin))
+
+
+def concatenate_ranges(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the numbers of M ranges one after another, and which range each is of. begin, end:
+    (M,)."""
+    size = end - begin
+    of_range = torch.repeat_interleave(size)
+    offset = end - size.cumsum(0)
+    return torch.arange(len(of_range), device=size.device) + offset[of_range], of_range
 
 
 def chunk_starts(n: int) -> np.ndarray:
