@@ -28,7 +28,7 @@ from .sampling import (
 MIN_ACCEPT_PROB = 0.3  # drafting stops if the whole draft is less likely to be accepted
 # The probability that a drafted token is accepted is about ACCEPT_BASE + ACCEPT_SLOPE times the
 # weight of the counts in the mixture (a fit to drafts of Don Quijote).
-ACCEPT_BASE, ACCEPT_SLOPE = 0.74, 0.26
+ACCEPT_BASE, ACCEPT_SLOPE = 0.82, 0.18
 
 
 class SampledToken(NamedTuple):

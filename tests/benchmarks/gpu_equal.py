@@ -20,7 +20,7 @@ from hrm_esp import HRMModel, distributed, generate, generate_batch, load_model
 from hrm_esp.data import Batch
 from hrm_esp.device import autocast
 from hrm_esp.model import Codebook
-from hrm_esp.ngrams.table import recent_stats
+from hrm_esp.ngrams.table import recent_counts
 from hrm_esp.tokenizer import PAD
 from hrm_esp.training import Checkpoint, loss, save_checkpoint
 from hrm_esp.training.loss import BatchSizes, LossModule
@@ -101,7 +101,7 @@ def compare_counts(check: Check, name: str, batch: Batch, cpu: HRMModel, gpu: HR
         next_tokens = torch.where(targets == PAD, ord(" "), targets)
         stats = (
             *ngrams.table.lookup(ids, next_tokens, preceding_ids, leave_one_out=True),
-            *recent_stats(ids, next_tokens, preceding_ids, ngrams.recent_orders),
+            *recent_counts(ids, next_tokens, preceding_ids, ngrams.recent_orders),
         )
         results.append([values.long().cpu() for values in stats])
     is_equal = all(map(torch.equal, *results))

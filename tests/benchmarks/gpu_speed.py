@@ -15,7 +15,7 @@ from gpu_common import Check, corrupted_batch
 from hrm_esp import Trainer
 from hrm_esp.data import Batch, LMDataset
 from hrm_esp.device import autocast, choose_device, choose_precision
-from hrm_esp.ngrams.table import recent_stats
+from hrm_esp.ngrams.table import recent_counts
 from hrm_esp.training import loss
 
 PEAK_FLOPS = 989e12  # per second, dense bfloat16: datasheet of the H100 and the H200
@@ -212,7 +212,7 @@ def time_parts(check: Check, trainer: Trainer, batch: Batch) -> dict[str, float]
             lambda: ngrams.table.lookup(*window, leave_one_out=True), repeats
         )
         seconds["recent n-grams"] = check.mean_seconds(
-            lambda: recent_stats(*window, ngrams.recent_orders), repeats
+            lambda: recent_counts(*window, ngrams.recent_orders), repeats
         )
     for _ in range(3):  # the last one counts
         forward().backward()
