@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ from hypothesis import settings
 from hrm_esp.config import HRMConfig
 from hrm_esp.model import HRMModel
 from hrm_esp.tokenizer import BOS
+
+# Under nohup the commands that tests start would ignore SIGHUP; a handler is not inherited.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 settings.register_profile("any machine", deadline=None)  # a slow one is no failure
 settings.load_profile("any machine")
