@@ -155,6 +155,16 @@ def test_the_network_reads_what_the_counts_alone_predict(
         torch.testing.assert_close(probs, one_by_one, rtol=1e-4, atol=1e-6)
 
 
+def test_a_text_that_repeats_itself_has_no_more_continuations() -> None:
+    text = b"\n" + b"a" * 2000
+    mixture = random_mixture(text)
+    ids = torch.full((2, 1500), ord("a"))
+    found, _ = mixture.lookup(ids[:, 1000:], ids[:, 1000:], ids[:, :1000], leave_one_out=True)
+    n_contexts = found.context_count.numel()
+    assert found.context_count.sum() > 100 * n_contexts  # by occurrences there would be as many
+    assert len(found.context_index) <= 2 * n_contexts
+
+
 @settings(max_examples=40)
 @given(TEXTS, TEXTS, st.integers(1, 19))
 def test_rollback_restores_the_context(text: str, other: str, n: int) -> None:

@@ -179,8 +179,7 @@ class NgramTable(nn.Module):
         same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
         only_here = (same_entry.rank() == 0) & (continuation_count == same_entry.size())
         unseen = (context_count > 0) & (continuation_count == 0)
-        is_counted = self._is_counted(ids, next_tokens, unseen)
-        counted = is_counted.long()
+        counted = self._is_counted(ids, next_tokens, unseen).long()
         context_count = (context_count - counted * same_context.size()).clamp_(min=0)
         n_continuations = n_continuations - counted * same_context.total(only_here.long())
         n_continuations = n_continuations.clamp_(min=0)
@@ -188,15 +187,16 @@ class NgramTable(nn.Module):
         # A context of which one occurrence is left has no longer ones either.
         shorter_is_frequent = F.pad(context_count[..., :-1], (1, 0), value=2) > 1
         context_count = torch.where(shorter_is_frequent, context_count, 0)
-        own_index, own_position = same_context.pairs(is_counted & (context_count > 0))
-        own_token = next_tokens.flatten()[own_position]
+        own_index, own_tokens, own_counts = pair_continuations(
+            same_context, same_entry, next_tokens, counted * context_count > 0
+        )
         return ContextCounts(
             context_count,
             n_continuations,
             continuation_count,
             torch.cat((context_index, own_index)),
-            torch.cat((token, own_token)),
-            torch.cat((count, torch.full_like(own_token, -1))),
+            torch.cat((token, own_tokens)),
+            torch.cat((count, -own_counts)),
         )
 
     def _is_counted(self, ids: Tensor, next_tokens: Tensor, unseen: Tensor) -> Tensor:
@@ -237,19 +237,21 @@ def recent_counts(
     context_count = torch.where(valid, same_context.rank(), 0)
     n_continuations = same_context.total_before(is_first)
     continuation_count = same_entry.rank()
-    # The continuations: what came after the earlier positions with the same context.
     is_used = context_count > 0
     is_used[:, :n_preceding] = False
-    index, position = same_context.pairs(is_used, earlier=True)
-    token = next_tokens.flatten()[position]
-    index -= (index // (ids.shape[1] * len(orders)) + 1) * (n_preceding * len(orders))
+    context_index, tokens, counts = pair_continuations(
+        same_context, same_entry, next_tokens, is_used, n_preceding
+    )
+    # The row's contexts begin with those of the preceding text.
+    row = context_index // (len(orders) * ids.shape[1])
+    context_index = context_index - (row + 1) * len(orders) * n_preceding
     return ContextCounts(
         context_count[:, n_preceding:],
         n_continuations[:, n_preceding:],
         continuation_count[:, n_preceding:],
-        index,
-        token,
-        torch.ones_like(token),
+        context_index,
+        tokens,
+        counts,
     )
 
 
@@ -265,54 +267,89 @@ class GroupedPositions:
         is_last = F.pad(is_first[:, 1:], (0, 0, 0, 1), value=True)
         self.end = torch.where(is_last, self.index + 1, n).flip(1).cummin(1).values.flip(1)
 
-    def _unsort(self, values: Tensor) -> Tensor:
+    def by_position(self, values: Tensor) -> Tensor:
+        """Returns values (B, T, N) in sorted order in the order of the positions."""
         return torch.empty_like(values).scatter_(1, self.sort_index, values)
 
     def _cumulative(self, values: Tensor) -> Tensor:
         return F.pad(values.gather(1, self.sort_index).cumsum(1), (0, 0, 1, 0))
 
-    def pairs(self, is_used: Tensor, earlier: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns pairs of positions of a row that have the same key, for each order.
-
-        Args:
-            is_used: (B, T, N), which are the first of a pair.
-            earlier: only pairs whose second position is earlier.
-
-        Returns:
-            Of each pair the first as an index into B * T * N, and the second one's position as an
-            index into B * T.
-        """
-        n_rows, n, n_orders = is_used.shape
-        rows = torch.arange(n_rows, device=is_used.device)[:, None, None]
-        orders = torch.arange(n_orders, device=is_used.device)
-        # Groups are side by side in sorted order, row by row and order by order.
-        position = (rows * n + self.sort_index).transpose(1, 2).flatten()
-        index = position * n_orders + orders.repeat_interleave(n).repeat(n_rows)
-        (used,) = is_used.flatten()[index].nonzero(as_tuple=True)
-        begin, end = (
-            ((rows * n_orders + orders) * n + x).transpose(1, 2).flatten()[used]
-            for x in (self.begin, self.index if earlier else self.end)
-        )
-        other, pair = concatenate_ranges(begin, end)
-        return index[used[pair]], position[other]
-
     def rank(self) -> Tensor:
         """Number of earlier positions with the same key, (B, T, N)."""
-        return self._unsort(self.index - self.begin)
+        return self.by_position(self.index - self.begin)
 
     def size(self) -> Tensor:
         """Number of positions with the same key, (B, T, N)."""
-        return self._unsort(self.end - self.begin)
+        return self.by_position(self.end - self.begin)
 
     def total_before(self, values: Tensor) -> Tensor:
         """Sum of values (B, T, N) over the earlier positions with the same key, (B, T, N)."""
         sums = self._cumulative(values)
-        return self._unsort(sums[:, :-1] - sums.gather(1, self.begin))
+        return self.by_position(sums[:, :-1] - sums.gather(1, self.begin))
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of values (B, T, N) over all positions with the same key, (B, T, N)."""
         sums = self._cumulative(values)
-        return self._unsort(sums.gather(1, self.end) - sums.gather(1, self.begin))
+        return self.by_position(sums.gather(1, self.end) - sums.gather(1, self.begin))
+
+
+def pair_continuations(
+    same_context: GroupedPositions,
+    same_entry: GroupedPositions,
+    next_tokens: Tensor,
+    is_used: Tensor,
+    first: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs the context at each position with the different tokens that continued it in its row.
+
+    There are as many pairs as different tokens, not as occurrences: in a text that repeats itself
+    those would be quadratic.
+
+    Args:
+        same_context, same_entry: positions grouped by context, and by context and next token.
+        next_tokens: (B, T).
+        is_used: (B, T, N), whether a context is paired.
+        first: only positions from this one on, with what came before each of them; by default all
+            positions, with all of the row.
+
+    Returns:
+        Indices into the B * T * N contexts, tokens, and how often each token continued the context,
+        (M,) each.
+    """
+
+    def flat(values: Tensor) -> Tensor:
+        return values.transpose(1, 2).flatten()  # groups lie side by side: (B * N * T,)
+
+    # Step 1: all positions in the order of their contexts, and the group of each.
+    n_rows, n, n_orders = is_used.shape
+    rows = torch.arange(n_rows, device=is_used.device)[:, None, None]
+    orders = torch.arange(n_orders, device=is_used.device)
+    row_begin = flat(((rows * n_orders + orders) * n).expand_as(is_used))
+    order = same_context.sort_index
+    position = flat(order)
+    context_index = flat((rows * n + order) * n_orders + orders)
+    begin, end = row_begin + flat(same_context.begin), row_begin + flat(same_context.end)
+    # Step 2: pair the first position of each entry with those of the same context.
+    (entry,) = (flat(same_entry.rank().gather(1, order)) == 0).nonzero(as_tuple=True)
+    begin, end = begin[entry], end[entry]
+    if first is not None:
+        is_before = (torch.arange(n, device=is_used.device) < first).long()
+        n_before = same_context.total(is_before[:, None].expand_as(is_used))
+        begin = torch.maximum(begin + flat(n_before.gather(1, order))[entry], entry + 1)
+        end = torch.maximum(begin, end)
+    other, pair = concatenate_ranges(begin, end)
+    is_kept = is_used.flatten()[context_index[other]]
+    other, entry = other[is_kept], entry[pair[is_kept]]
+    tokens = next_tokens.flatten()[context_index[entry] // n_orders]
+    # Step 3: count the entry, in the whole row or before the position.
+    if first is None:
+        return context_index[other], tokens, flat(same_entry.size().gather(1, order))[entry]
+    group = row_begin + flat(same_entry.by_position(same_entry.begin).gather(1, order))
+    sorted_group = row_begin + flat(same_entry.begin)
+    earlier = torch.searchsorted(
+        sorted_group * n + flat(same_entry.sort_index), group[entry] * n + position[other]
+    )
+    return context_index[other], tokens, earlier - group[entry]
 
 
 def concatenate_ranges(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
