@@ -19,7 +19,7 @@ from hrm_esp.ngrams.mixture import (
     draft_probs,
     interpolation_weights,
 )
-from hrm_esp.tokenizer import BOS, PAD
+from hrm_esp.tokenizer import BOS, EOS, PAD
 
 TABLE_ORDERS, RECENT_ORDERS = [2, 3, 4, 5, 6, 7, 8], [4, 6]
 TEXTS = st.text(alphabet="ab\n", min_size=20, max_size=120)
@@ -153,6 +153,21 @@ def test_the_network_reads_what_the_counts_alone_predict(
     if not leave_one_out:
         one_by_one = mixture.probs(mixture.find_continuations(ids, preceding_ids))
         torch.testing.assert_close(probs, one_by_one, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=100)
+@given(TEXTS, st.integers(0, 19), st.integers(2, 20))
+def test_a_row_cut_out_of_a_line_leaves_no_trace_in_the_input(
+    text: str, begin: int, size: int
+) -> None:
+    """Its end is not in the counted text, so nothing may be subtracted for it."""
+    text += "a" * 20
+    row = text[begin : begin + size].replace("\n", "a").encode()
+    mixture = random_mixture(f"\n{text}\n{row.decode()}abab\n".encode())
+    ids, targets = to_ids("\n" + row.decode()), [*row, EOS]
+    found, _ = mixture.lookup(torch.tensor([ids]), torch.tensor([targets]), leave_one_out=True)
+    probs = mixture.probs(found)
+    assert probs.min() > -1e-6 and probs.clamp(min=0).sum(-1).max() < 1 + 1e-6
 
 
 def test_a_text_that_repeats_itself_has_no_more_continuations() -> None:

@@ -20,6 +20,8 @@ from .kv_cache import ExecutorCache
 from .layers import CrossInputs, DecoderBlock, RMSNorm, linear
 from .planner import EncoderOutput
 
+EPS = 1e-6  # probability below which the network does not see what the counts predict
+
 
 class TargetLoss(NamedTuple):
     """Negative log-likelihood of the targets of each row, in nats, (B,): of the ``mixture`` and of
@@ -152,8 +154,8 @@ class Executor(nn.Module):
         x = self.tok_emb(y_in)
         if self.from_ngrams is not None:
             assert ngram_probs is not None
-            # Below zero only by rounding, where a count was subtracted.
-            x = x + self.from_ngrams(ngram_probs.clamp(min=0).sqrt()).to(x.dtype)
+            # What rounding leaves of a count that was subtracted must not be seen.
+            x = x + self.from_ngrams((ngram_probs - EPS).clamp(min=0).sqrt()).to(x.dtype)
         is_start = cache is None or cache.length == 0
         if is_start:
             plan_token = self.tok_emb.weight[PLAN] + self.from_plan(plan.to(x.dtype))

@@ -274,7 +274,7 @@ class NgramMixture(nn.Module):
 
     def find_continuations(self, ids: Tensor, preceding_ids: Tensor | None = None) -> Continuations:
         """Finds the continuations of the contexts at each of ids (B, T), after preceding_ids
-        (B, R); of B * T positions. One position at a time: training uses `target_probs`."""
+        (B, R); of B * T positions. One position at a time: training uses `lookup`."""
         preceding_ids = self._recent(ids[:, :0] if preceding_ids is None else preceding_ids)
         matches = []
         for row, preceding in zip(ids.tolist(), preceding_ids.tolist(), strict=True):

@@ -174,21 +174,24 @@ class NgramTable(nn.Module):
             )
         # Step 3: subtract what the window itself added, if it is part of the counted text. In the
         # window each context occurs same_context.size() times, each entry same_entry.size() times;
-        # an entry that occurs nowhere else is a continuation less.
+        # an entry that occurs nowhere else is a continuation less. Where a row was cut out of a
+        # line, its end is an entry that the table does not hold.
         same_context = GroupedPositions(entry_key(hashes, 0))
         same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
         only_here = (same_entry.rank() == 0) & (continuation_count == same_entry.size())
         unseen = (context_count > 0) & (continuation_count == 0)
         counted = self._is_counted(ids, next_tokens, unseen).long()
-        context_count = (context_count - counted * same_context.size()).clamp_(min=0)
+        held = counted * (continuation_count >= same_entry.size())
+        is_left = context_count > counted * same_context.size()
+        context_count = torch.where(is_left, context_count - same_context.total(held), 0)
         n_continuations = n_continuations - counted * same_context.total(only_here.long())
         n_continuations = n_continuations.clamp_(min=0)
-        continuation_count = (continuation_count - counted * same_entry.size()).clamp_(min=0)
+        continuation_count = continuation_count - held * same_entry.size()
         # A context of which one occurrence is left has no longer ones either.
         shorter_is_frequent = F.pad(context_count[..., :-1], (1, 0), value=2) > 1
         context_count = torch.where(shorter_is_frequent, context_count, 0)
         own_index, own_tokens, own_counts = pair_continuations(
-            same_context, same_entry, next_tokens, counted * context_count > 0
+            same_context, same_entry, next_tokens, context_count > 0, held > 0
         )
         return ContextCounts(
             context_count,
@@ -240,7 +243,7 @@ def recent_counts(
     is_used = context_count > 0
     is_used[:, :n_preceding] = False
     context_index, tokens, counts = pair_continuations(
-        same_context, same_entry, next_tokens, is_used, n_preceding
+        same_context, same_entry, next_tokens, is_used, torch.ones_like(is_used), n_preceding
     )
     # The row's contexts begin with those of the preceding text.
     row = context_index // (len(orders) * ids.shape[1])
@@ -298,6 +301,7 @@ def pair_continuations(
     same_entry: GroupedPositions,
     next_tokens: Tensor,
     is_used: Tensor,
+    is_held: Tensor,
     first: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs the context at each position with the different tokens that continued it in its row.
@@ -309,6 +313,7 @@ def pair_continuations(
         same_context, same_entry: positions grouped by context, and by context and next token.
         next_tokens: (B, T).
         is_used: (B, T, N), whether a context is paired.
+        is_held: (B, T, N), whether a context is paired with its next token.
         first: only positions from this one on, with what came before each of them; by default all
             positions, with all of the row.
 
@@ -329,8 +334,9 @@ def pair_continuations(
     position = flat(order)
     context_index = flat((rows * n + order) * n_orders + orders)
     begin, end = row_begin + flat(same_context.begin), row_begin + flat(same_context.end)
-    # Step 2: pair the first position of each entry with those of the same context.
-    (entry,) = (flat(same_entry.rank().gather(1, order)) == 0).nonzero(as_tuple=True)
+    # Step 2: pair the first position of each entry with the positions of the same context.
+    is_first = (same_entry.rank() == 0) & is_held
+    (entry,) = flat(is_first.gather(1, order)).nonzero(as_tuple=True)
     begin, end = begin[entry], end[entry]
     if first is not None:
         is_before = (torch.arange(n, device=is_used.device) < first).long()
