@@ -22,7 +22,7 @@ the form for tensors and NumPy arrays; `draft_probs` at the end of this file is 
 single position, in plain Python.
 
 Before the network has run, its part and its state are unknown. So its input is the same sum without
-the network (p_0 = 0) and with U h = 0, see `ngram_probs`.
+the network (p_0 = 0) and with U h = 0, see `NgramMixture.probs`.
 
 Shapes: B rows, T positions, R preceding positions, N orders, D = d_model, V = vocab_size.
 """
@@ -109,20 +109,6 @@ def mixture_log_probs(
     return xp.where(
         ngram_probs > 0, xp.log(probs + EPS), network_log_probs + xp.log(network_weight)
     )
-
-
-def ngram_probs(count_weights: Array, found: Continuations) -> Array:
-    """Computes what the counts alone predict, on tensors or on NumPy arrays: (P, V), probabilities
-    whose sum is at most one.
-
-    Args:
-        count_weights: a, b and d of each order, (N, 3).
-        found: the continuations of the contexts at P positions.
-    """
-    _, order_weights = interpolation_weights(
-        found.context_count, found.n_continuations, 0.0, count_weights
-    )
-    return sum_continuations(order_weights, found)
 
 
 def sum_continuations(order_weights: Array, found: Continuations) -> Array:
@@ -243,11 +229,16 @@ class NgramMixture(nn.Module):
     @torch.no_grad()
     def probs(self, found: Continuations) -> Tensor:
         """Computes what the counts alone predict at P positions, the input of the network: (P, V)
-        on the device of the weights."""
-        if isinstance(found.frequency, Tensor):
-            return ngram_probs(self.count_weights, found)
-        probs = ngram_probs(self.count_weights.cpu().numpy(), found)
-        return torch.from_numpy(probs).to(self.count_weights.device)
+        on the device of the weights, probabilities whose sum is at most one."""
+        is_tensor = isinstance(found.frequency, Tensor)
+        _, order_weights = interpolation_weights(
+            found.context_count,
+            found.n_continuations,
+            0.0,
+            self.count_weights if is_tensor else self.count_weights.cpu().numpy(),
+        )
+        probs = sum_continuations(order_weights, found)
+        return probs if is_tensor else torch.from_numpy(probs).to(self.count_weights.device)
 
     def log_probs(self, logits: Tensor, states: Tensor, found: Continuations) -> Tensor:
         """Computes the mixture's log-probabilities of all tokens.
