@@ -101,6 +101,20 @@ def require_equal(what: str, value: object) -> None:
         raise HRMError(f"the processes of this run do not have the same {what}")
 
 
+def require_one_gpu_each(device: torch.device) -> None:
+    """Checks that no two processes of this machine share a GPU, which NCCL refuses.
+
+    Raises:
+        HRMError: they do.
+    """
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and n_processes > (n_gpus := torch.cuda.device_count()):
+        raise HRMError(
+            f"{n_processes} processes on this machine, but {n_gpus} GPU{'s' * (n_gpus != 1)}: "
+            f"start torchrun with --nproc_per_node={n_gpus}, or give --device cpu"
+        )
+
+
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
     """One process of each machine runs the block before the others: it builds files they read.
@@ -122,9 +136,14 @@ def data_parallel(
     Args:
         find_unused: some steps leave some parameters without a gradient.
         synced_buffers: name endings of the buffers that process 0 broadcasts before each step.
+
+    Raises:
+        HRMError: there are fewer GPUs than processes.
+        PeerLost: another process is gone.
     """
     if world_size() == 1:
         return module
+    require_one_gpu_each(next(module.parameters()).device)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of the codebook
     # Each process builds the other buffers itself: the n-gram table is large and memory-mapped.
     ignored = [name for name, _ in module.named_buffers() if not name.endswith(synced_buffers)]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_esp.data import WHOLE, LMDataset, Pair, Shard, TSVDataset
+from hrm_esp.distributed import require_one_gpu_each
+from hrm_esp.errors import HRMError
 from hrm_esp.tokenizer import PAD
 from hrm_esp.training.checkpoint import load_checkpoint
 
@@ -198,3 +201,14 @@ def test_a_process_that_dies_ends_the_run_and_loses_nothing(
     (out,) = run_ranks(1, [*python, *pretrain(folder, "--resume")], corpus.parent)
     assert out.returncode == 0, out.stderr
     assert load_checkpoint(folder / "pretrain_last.pt").step == 40
+
+
+def test_processes_that_would_share_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses them with an error that reads as if a process had gone."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for n_gpus in (1, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=n_gpus: n)
+        refused = pytest.raises(HRMError, match="2 processes on this machine, but 1 GPU:")
+        with refused if n_gpus < 2 else nullcontext():
+            require_one_gpu_each(torch.device("cuda", 0))
+        require_one_gpu_each(torch.device("cpu"))
