@@ -62,7 +62,6 @@ def random_model(seed: int = 0, **changes: object) -> HRMModel:
             letters = torch.randint(LETTERS[0], LETTERS[1], (400,)).numpy().astype(np.uint8)
             letters[::50] = 10
             model.executor.ngrams.build(letters)
-            model.executor.ngrams.gate_means.sums.uniform_()
     return model.eval()
 
 

@@ -20,7 +20,6 @@ from hrm_esp.data import LMDataset
 from hrm_esp.errors import HRMError
 from hrm_esp.model import HRMModel
 from hrm_esp.model.skeleton import skeleton
-from hrm_esp.ngrams import gate_means
 from hrm_esp.training import Trainer
 from hrm_esp.training.checkpoint import (
     Checkpoint,
@@ -155,9 +154,8 @@ def test_the_newest_runs_best_is_found(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> HRMModel:
+def tiny() -> HRMModel:
     """A model whose checkpoints are small: hundreds of them are written."""
-    monkeypatch.setattr(gate_means, "N_ROWS", 31)
     return random_model(d_model=8, plan_dim=4, n_layers_dec=1, cross_attention=True)
 
 

@@ -1,6 +1,7 @@
 """N-gram counts and the mixture, compared with counting by hand."""
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -12,17 +13,15 @@ from hypothesis import strategies as st
 
 from hrm_esp.config import HRMConfig
 from hrm_esp.data import as_inputs, as_targets
-from hrm_esp.ngrams import ContextMatch, NgramContext, NgramMixture, gate_means, table
-from hrm_esp.ngrams.mixture import (
-    DRAFT_TAIL_MASS,
-    MAX_NGRAM_MASS,
-    draft_probs,
-    interpolation_weights,
-)
+from hrm_esp.ngrams import ContextMatch, NgramContext, NgramMixture, table
+from hrm_esp.ngrams.hashing import TWO_WORDS, WORD_ORDERS
+from hrm_esp.ngrams.mixture import MAX_NGRAM_MASS, count_probs
 from hrm_esp.tokenizer import BOS, EOS, PAD
 
-TABLE_ORDERS, RECENT_ORDERS = [2, 3, 4, 5, 6, 7, 8], [4, 6]
-TEXTS = st.text(alphabet="ab\n", min_size=20, max_size=120)
+NGRAM_ORDERS = [2, 3, 4, 5, 6, 7, 8]
+TABLE_ORDERS, RECENT_ORDERS = [*WORD_ORDERS, *NGRAM_ORDERS], [*WORD_ORDERS, 4, 6]
+TEXTS = st.text(alphabet="abA \n", min_size=20, max_size=120)
+Context = bytes | tuple[bytes, ...]
 BEGINS = st.integers(0, 18)
 
 
@@ -32,27 +31,36 @@ def random_mixture(text: bytes, seed: int = 0) -> NgramMixture:
     mixture = NgramMixture(HRMConfig(d_model=4, n_heads=1, count_max=8))
     with torch.no_grad():
         for p in mixture.parameters():
-            p += torch.randn_like(p)
+            p += 0.3 * torch.randn_like(p)
     mixture.build(np.frombuffer(text, dtype=np.uint8))
     return mixture
 
 
-def to_ids(text: str) -> list[int]:
-    return as_inputs(np.frombuffer(text.encode(), dtype=np.uint8)).tolist()
+def to_ids(text: bytes) -> list[int]:
+    ids: list[int] = as_inputs(np.frombuffer(text, dtype=np.uint8)).tolist()
+    return ids
 
 
-def context(text: bytes, position: int, order: int) -> bytes | None:
-    """The ``order`` bytes before ``position``; they may begin with a line break, not span one."""
-    if order > position or b"\n" in text[position - order + 1 : position]:
-        return None
-    return text[position - order : position]
+def context(text: bytes, position: int, order: int) -> Context | None:
+    """The ``order`` bytes before ``position``; they may begin with a line break, not span one. Or
+    the word so far, and perhaps the one before it in the line."""
+    if order not in WORD_ORDERS:
+        if order > position or b"\n" in text[position - order + 1 : position]:
+            return None
+        return text[position - order : position]
+    line = text[:position].lower().split(b"\n")[-1] or b"\n"
+    letters = re.findall(rb"[a-z\x80-\xff]+", line)
+    in_word = letters and line.endswith(letters[-1])
+    word = letters.pop() if in_word else line[-1:]
+    return (word, *letters[-1:]) if order == TWO_WORDS else (word,)
 
 
-def continuations(text: bytes, wanted: bytes, end: int | None = None) -> Counter[bytes]:
+def continuations(
+    text: bytes, wanted: Context, order: int, end: int | None = None
+) -> Counter[bytes]:
     """How often each byte came after ``wanted`` in ``text``, up to ``end``."""
-    n = len(wanted)
-    positions = range(n, len(text) if end is None else end)
-    return Counter(text[j : j + 1] for j in positions if text[j - n : j] == wanted)
+    positions = range(1, len(text) if end is None else end)
+    return Counter(text[j : j + 1] for j in positions if context(text, j, order) == wanted)
 
 
 def prob_by_hand(
@@ -63,35 +71,53 @@ def prob_by_hand(
     position: int,
     begin: int,
     leave_one_out: bool,
+    with_network: bool = True,
 ) -> float:
     """The mixture's probability of ``window[position]``, by the contexts in ``text``, without
     those of ``window`` from ``begin`` on if ``leave_one_out``, and in ``window`` so far."""
-    shorter_count, mixed = 2, p
+    # Step 1: count, by rising order.
+    shorter_count = 2
+    found: list[tuple[int, int, float]] = []  # C, D and c / C of the target
     kinds = [(n, "table") for n in TABLE_ORDERS] + [(n, "recent") for n in RECENT_ORDERS]
-    for i, (order, kind) in enumerate(sorted(kinds, key=lambda pair: pair[0])):
+    for order, kind in sorted(kinds, key=lambda pair: pair[0]):
+        found.append((0, 0, 0.0))
         wanted = context(window, position, order)
         if wanted is None:
             continue
         if kind == "table":
-            after = continuations(text, wanted)
+            after = continuations(text, wanted, order)
             if leave_one_out:
-                own = continuations(window, wanted) - continuations(window, wanted, begin + 1)
-                after.subtract(own)
+                own = continuations(window, wanted, order)
+                after.subtract(own - continuations(window, wanted, order, begin + 1))
             count = sum(after.values())
-            skip, shorter_count = shorter_count < 2, count  # one occurrence has no longer contexts
-            if skip:
-                continue
+            if order not in WORD_ORDERS:
+                skip, shorter_count = shorter_count < 2, count  # one has no longer n-grams
+                count *= not skip
         else:
-            after = continuations(window, wanted, position)
+            after = continuations(window, wanted, order, position)
             count = sum(after.values())
-        if count == 0:
-            continue
-        n_continuations = sum(n > 0 for n in after.values())
-        a, b, d = mixture.count_weights[i].tolist()
-        score = a * math.log(count + 1) + b * math.log(n_continuations + 1) + d
-        gate = 1 / (1 + math.exp(-score))
-        mixed += gate * (after[window[position : position + 1]] / count - mixed)
+        if count > 0:
+            n_continuations = sum(n > 0 for n in after.values())
+            found[-1] = count, n_continuations, after[window[position : position + 1]] / count
+    # Step 2: mix, by the gates of the mixture or by those of the counts alone.
+    logs = [math.log(f[i] + 1) for i in (0, 1) for f in found]
+    token_emb, hidden, out, bias = (w.tolist() for w in mixture.count_gates.weights())
+    last_token = to_ids(window[:position])[-1]
+    activations = [
+        max(0, dot(row, logs) + e) for row, e in zip(hidden, token_emb[last_token], strict=True)
+    ]
+    mixed = p
+    for n, (count, _, frequency) in enumerate(found):
+        log_count, log_continuations = logs[n], logs[n + len(found)]
+        logit = log_count - log_continuations + dot(out[n], activations) + bias[n]
+        if with_network:
+            logit = dot(mixture.count_weights[n].tolist(), [log_count, log_continuations, 1])
+        mixed += (count > 0) / (1 + math.exp(-logit)) * (frequency - mixed)
     return (1 - MAX_NGRAM_MASS) * p + MAX_NGRAM_MASS * mixed
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def compute(
@@ -104,13 +130,13 @@ def compute(
     targets = torch.from_numpy(as_targets(data[1:]))[None, begin:]
     preceding_ids, ids = ids[:, :begin], ids[:, begin:]
     states = torch.zeros(*ids.shape, 4)
-    p = torch.full(targets.shape, 1 / 260)
     with torch.no_grad():
         counts = mixture.lookup(ids, targets, preceding_ids, leave_one_out)
-        probs, _ = mixture.target_probs(p, states, *counts)
+        gate_logits = mixture.gate_logits(counts[0], states)
+        probs = mixture.target_probs(1 / 260, gate_logits, *counts)
         found = mixture.find_continuations(ids, preceding_ids)
         log_probs = mixture.log_probs(torch.zeros(*ids.shape, 260), states, found)
-    return probs[0], log_probs[0], targets[0]
+    return probs, log_probs[0], targets[0]
 
 
 @settings(max_examples=40)
@@ -121,7 +147,7 @@ def test_probabilities_equal_counting_by_hand(text: str, other: str, begin: int)
     probs, log_probs, targets = compute(mixture, window, False, begin)
     for i, p in enumerate(probs.tolist(), begin + 1):
         by_hand = prob_by_hand(mixture, 1 / 260, counted, window, i, begin, False)
-        assert p == pytest.approx(by_hand, rel=1e-4)
+        assert p == pytest.approx(by_hand, rel=1e-4, abs=1e-7)
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(len(probs)))
     torch.testing.assert_close(log_probs.gather(1, targets[:, None])[:, 0], probs.log())
 
@@ -131,9 +157,9 @@ def test_probabilities_equal_counting_by_hand(text: str, other: str, begin: int)
 def test_the_network_reads_what_the_counts_alone_predict(
     text: str, other: str, more: str, begin: int, leave_one_out: bool
 ) -> None:
-    """The mixture without network and state. All tokens as looked up one by one; and the target,
-    where its window is subtracted from the counts."""
-    window = other.encode()
+    """The mixture without the network. All tokens as looked up one by one; the target, where its
+    window is subtracted from the counts."""
+    window = b"\n" + other.encode()  # no word is cut
     counted = text.encode() + (window if leave_one_out else b"") + more.encode()
     mixture = random_mixture(counted)
     data = np.frombuffer(window, dtype=np.uint8)
@@ -142,17 +168,18 @@ def test_the_network_reads_what_the_counts_alone_predict(
     )
     preceding_ids, ids, targets = ids[None, :begin], ids[None, begin:], targets[None, begin:]
     found, _ = mixture.lookup(ids, targets, preceding_ids, leave_one_out)
-    probs = mixture.probs(found)
+    probs = count_probs(found, mixture.count_gate_logits(found).detach())
     assert probs.min() > -1e-6 and probs.sum(-1).max() < 1 + 1e-6
     by_hand = [
-        prob_by_hand(mixture, 0.0, counted, window, i, begin, leave_one_out)
+        prob_by_hand(mixture, 0.0, counted, window, i, begin, leave_one_out, with_network=False)
         for i in range(begin + 1, len(window))
     ]
     of_target = probs.gather(1, targets[0, :, None])[:, 0]
     torch.testing.assert_close(of_target, torch.tensor(by_hand), rtol=1e-4, atol=1e-6)
     if not leave_one_out:
-        one_by_one = mixture.probs(mixture.find_continuations(ids, preceding_ids))
-        torch.testing.assert_close(probs, one_by_one, rtol=1e-4, atol=1e-6)
+        features = mixture.features(found, mixture.count_gate_logits(found))
+        one_by_one = mixture.features(mixture.find_continuations(ids, preceding_ids))
+        torch.testing.assert_close(features, one_by_one, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=100)
@@ -164,9 +191,9 @@ def test_a_row_cut_out_of_a_line_leaves_no_trace_in_the_input(
     text += "a" * 20
     row = text[begin : begin + size].replace("\n", "a").encode()
     mixture = random_mixture(f"\n{text}\n{row.decode()}abab\n".encode())
-    ids, targets = to_ids("\n" + row.decode()), [*row, EOS]
+    ids, targets = to_ids(b"\n" + row), [*row, EOS]
     found, _ = mixture.lookup(torch.tensor([ids]), torch.tensor([targets]), leave_one_out=True)
-    probs = mixture.probs(found)
+    probs = count_probs(found, mixture.count_gate_logits(found).detach())
     assert probs.min() > -1e-6 and probs.clamp(min=0).sum(-1).max() < 1 + 1e-6
 
 
@@ -183,7 +210,7 @@ def test_a_text_that_repeats_itself_has_no_more_continuations() -> None:
 @settings(max_examples=40)
 @given(TEXTS, TEXTS, st.integers(1, 19))
 def test_rollback_restores_the_context(text: str, other: str, n: int) -> None:
-    ids = to_ids(other)
+    ids = to_ids(other.encode())
     context = NgramContext(random_mixture(text.encode()).index(), ids[:-n])
     before = context.match()
     for _ in range(2):
@@ -200,77 +227,24 @@ def assert_equal(one: ContextMatch, other: ContextMatch) -> None:
 
 
 @settings(max_examples=40)
-@given(TEXTS, TEXTS, st.integers(0, 9))
-def test_the_scalar_form_equals_the_tensor_form(text: str, other: str, seed: int) -> None:
-    """Up to the cap, and to what a draft ignores at the end."""
-    mixture = random_mixture(text.encode(), seed)
-    index, match = mixture.index(), NgramContext(mixture.index(), to_ids(other)).match()
-    found = index.gather_continuations([match])
-    state = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        gate_logits = mixture.gate_proj(state)
-        _, order_weights = interpolation_weights(
-            *map(torch.from_numpy, found[:2]), gate_logits, mixture.count_weights
-        )
-    expected = np.zeros(260)
-    mass = order_weights.numpy().ravel()[found.context_index] * found.frequency / MAX_NGRAM_MASS
-    np.add.at(expected, found.token_index, mass)
-    probs = draft_probs(
-        index.longest_contexts(match),
-        gate_logits[0].tolist().__getitem__,
-        mixture.count_weights.tolist(),
-    )
-    for token, p in enumerate(expected):
-        assert p - DRAFT_TAIL_MASS - 1e-5 < probs.get(token, 0) < p + 1e-5
-    assert sum(probs.values()) > expected.sum() - DRAFT_TAIL_MASS - 1e-5
-
-
-@settings(max_examples=40)
-@given(TEXTS, TEXTS, st.integers(0, 9))
-def test_gate_means_are_means_after_similar_contexts(text: str, other: str, seed: int) -> None:
-    counted, end = text.encode(), other.encode()
-    mixture = random_mixture(counted, seed)
-    ids = torch.tensor([to_ids(text)])
-    states = torch.randn(2, 1, ids.shape[1], 4, generator=torch.Generator().manual_seed(seed))
-    for batch in states:
-        no_targets = torch.full_like(ids, PAD)
-        counts = mixture.lookup(ids, no_targets)
-        _, gate_logits = mixture.target_probs(torch.ones(ids.shape), batch, *counts)
-        mixture.gate_means.update([(ids, gate_logits.detach())])
-    with torch.no_grad():
-        gate_logits = mixture.gate_proj(states)[:, 0].numpy()
-    decay = [gate_means.DECAY, 1.0]  # of the two steps
-    expected = np.zeros(gate_logits.shape[-1])
-    for order in range(1, gate_means.MAX_ORDER + 1):
-        wanted = context(end, len(end), order)
-        if wanted is None:
-            break
-        at = [i for i in range(len(counted)) if context(counted, i + 1, order) == wanted]
-        total = sum(w * gate_logits[b, at].sum(0) for b, w in enumerate(decay))
-        expected = (expected + total) / (1 + sum(decay) * len(at))
-    state = NgramContext(mixture.index(), to_ids(other)).states[-1]
-    means = [*map(mixture.gate_means.lookup()(state), range(len(expected)))]
-    np.testing.assert_allclose(means, expected, rtol=1e-3, atol=1e-5)
-
-
-@settings(max_examples=40)
 @given(TEXTS, TEXTS, TEXTS, BEGINS)
 def test_leave_one_out_equals_counts_without_the_window(
     text: str, other: str, more: str, begin: int
 ) -> None:
-    window = other.encode()
+    window = b"\n" + other.encode()  # no word is cut
     counted = text.encode() + window + more.encode()
     mixture = random_mixture(counted)
     probs, _, _ = compute(mixture, window, True, begin)
     for i, p in enumerate(probs.tolist(), begin + 1):
         by_hand = prob_by_hand(mixture, 1 / 260, counted, window, i, begin, True)
-        assert p == pytest.approx(by_hand, rel=1e-4)
+        assert p == pytest.approx(by_hand, rel=1e-4, abs=1e-7)
 
 
 def test_contexts_longer_than_one_that_occurs_once_are_pruned() -> None:
     once = random_mixture(b"\nabcdefghijk").table
     twice = random_mixture(b"\nabcdefghijk\nabcdefghijk").table
-    assert len(once.entries) == 10 + 1 < len(twice.entries)
+    n_words, n_ngrams = 2 * 11, 10
+    assert len(once.entries) == n_words + n_ngrams + 1 < len(twice.entries) - n_ngrams
 
 
 def test_chunks_from_all_parts_of_a_large_text_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,11 +274,12 @@ def test_only_windows_of_the_counted_text_are_left_out(text: str, other: str) ->
     for row in (other, text[5:15], "\n" + text[5:15].replace("\n", "a") + "\n"):
         data = row.encode()
         is_known = (
-            continuations(text.encode(), wanted).get(data[i : i + 1], 0) > 0
+            after.get(data[i : i + 1], 0) > 0
             for i in range(len(data))
-            for wanted in (context(data, i, n) for n in TABLE_ORDERS)
-            if wanted and b"\n" not in wanted and data[i : i + 1] != b"\n"
-            if sum(continuations(text.encode(), wanted).values()) > 0
+            for n in NGRAM_ORDERS
+            if isinstance(wanted := context(data, i, n), bytes)
+            if b"\n" not in wanted + data[i : i + 1]
+            if (after := continuations(text.encode(), wanted, n))
         )
         is_part = all(is_known)
         plain, left_out = (compute(mixture, data, out)[0] for out in (False, True))
@@ -356,7 +331,7 @@ def test_nll_equals_the_log_probs_of_forward() -> None:
 @given(TEXTS, TEXTS, st.integers(0, 9))
 def test_numpy_arrays_and_tensors_give_the_same_mixture(text: str, other: str, seed: int) -> None:
     mixture = random_mixture(text.encode(), seed)
-    ids = torch.tensor([to_ids(other)])
+    ids = torch.tensor([to_ids(other.encode())])
     rng = torch.Generator().manual_seed(seed)
     logits = torch.randn(*ids.shape, 260, generator=rng)
     states = torch.randn(*ids.shape, 4, generator=rng)

@@ -34,7 +34,7 @@ def test_a_users_loop_learns_and_leaves_nothing_behind(tmp_path: Path) -> None:
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.update_running_stats([terms.stats])
+        model.update_code_queue([terms.pooled])
         losses.append(total.item())
         if step in (50, 199):
             gc.collect()

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..device import adapt_threads, autocast, limit_threads
 from ..model import EncoderOutput, Executor, ExecutorCache, HRMModel
 from ..model.embeddings import character_positions
-from ..ngrams import ContextMatch, Continuations, NgramContext, draft_probs
-from ..tokenizer import VOCAB_SIZE, starts_character
+from ..ngrams import ContextMatch, Continuations, NgramContext
+from ..ngrams.mixture import count_gate_logits, count_probs
+from ..tokenizer import starts_character
 from .windows import window_start
 
 Array = NDArray[np.float32]
@@ -84,8 +85,7 @@ class Decoder:
             self.rows.append(DecoderRow(list(tokens), list(before), chars))
         if self.ngrams is not None:
             self.index = self.ngrams.index()
-            self.count_weights: list[list[float]] = self.ngrams.count_weights.tolist()
-            self.gate_means = self.ngrams.gate_means.lookup()
+            self.gate_weights = self.ngrams.count_gates.arrays()
             for row in self.rows:
                 self._extend_context(row)
 
@@ -131,7 +131,7 @@ class Decoder:
                 self._ids(row.tokens[-n_read:] for row in self.rows),
                 self.plan,
                 self.encoded,
-                self._ngram_probs(found, len(self.rows)),
+                self._ngram_features(found, len(self.rows)),
                 cache,
                 self._char_positions(self.rows, -n_read, None),
             )[:, -n:]
@@ -161,17 +161,15 @@ class Decoder:
             del row.matches[-n:]
 
     def draft_probs(self) -> dict[int, float]:
-        """Predicts the token after the last pending one of the only row, by n-gram counts alone;
-        gate logits are replaced by their means after similar contexts. Returns probabilities whose
-        sum is at most one."""
+        """Predicts the token after the last pending one of the only row, by n-gram counts alone.
+        Returns probabilities whose sum is at most one."""
         row = self.rows[0]
         if row.context is None:
             return {}
-        return draft_probs(
-            self.index.longest_contexts(row.matches[-1]),
-            self.gate_means(row.context.states[-1]),
-            self.count_weights,
-        )
+        found = self.index.gather_continuations(row.matches[-1:])
+        (probs,) = count_probs(found, count_gate_logits(found, self.gate_weights))
+        tokens = probs.nonzero()[0]
+        return dict(zip(tokens.tolist(), probs[tokens].tolist(), strict=True))
 
     @torch.inference_mode()
     def select(self, indices: Sequence[int]) -> None:
@@ -220,12 +218,12 @@ class Decoder:
         matches = chain.from_iterable(row.matches[begin:end] for row in rows)
         return self.index.gather_continuations([*matches])
 
-    def _ngram_probs(self, found: Continuations | None, n_rows: int) -> Tensor | None:
-        """Returns what the n-gram counts predict, (n_rows, T, V)."""
+    def _ngram_features(self, found: Continuations | None, n_rows: int) -> Tensor | None:
+        """Returns what the Executor reads of the n-gram counts, (n_rows, T, V + 2 N)."""
         if self.ngrams is None or found is None:
             return None
-        probs = self.ngrams.probs(found)
-        return probs.view(n_rows, len(probs) // n_rows, VOCAB_SIZE)
+        features = self.ngrams.features(found)
+        return features.view(n_rows, len(features) // n_rows, features.shape[1])
 
     def _select_encoded(self, index: Tensor) -> EncoderOutput | None:
         if self.encoded is None:
@@ -275,9 +273,9 @@ class Decoder:
         cache = self._new_cache(self.config.max_len + 1, encoded)
         ids = self._ids(row.tokens[row.window_start : -n] for row in rows)
         chars = self._char_positions(rows, None, -n)
-        probs = self._ngram_probs(self._continuations(rows, None, -n), len(rows))
+        features = self._ngram_features(self._continuations(rows, None, -n), len(rows))
         with autocast(self.device, self.dtype):
-            self.executor.hidden_states(ids, self.plan[index], encoded, probs, cache, chars)
+            self.executor.hidden_states(ids, self.plan[index], encoded, features, cache, chars)
         return cache
 
     def _new_cache(self, capacity: int, encoded: EncoderOutput | None) -> ExecutorCache:

@@ -5,7 +5,6 @@ from .embeddings import TokenEmbedding as TokenEmbedding
 from .executor import Executor as Executor
 from .hrm import HRMModel as HRMModel
 from .hrm import LossTerms as LossTerms
-from .hrm import RunningStats as RunningStats
 from .kv_cache import ExecutorCache as ExecutorCache
 from .kv_cache import KVCache as KVCache
 from .layers import FFN as FFN

@@ -20,18 +20,16 @@ from .kv_cache import ExecutorCache
 from .layers import CrossInputs, DecoderBlock, RMSNorm, linear
 from .planner import EncoderOutput
 
-EPS = 1e-6  # probability below which the network does not see what the counts predict
-
 
 class TargetLoss(NamedTuple):
-    """Negative log-likelihood of the targets of each row, in nats, (B,): of the ``mixture`` and of
-    the ``network`` alone. ``plan_log_probs`` (B, V) are the log-probabilities at [PLAN];
-    ``gate_logits`` (B, T, N) those of the mixture, ``None`` without n-gram counts."""
+    """Negative log-likelihood of the targets of each row, in nats, (B,): of the ``mixture``, of the
+    ``network`` alone and of the ``counts`` alone, 0 without n-gram counts. ``plan_log_probs``
+    (B, V) are the log-probabilities at [PLAN]."""
 
     mixture: Tensor
     network: Tensor
+    counts: Tensor
     plan_log_probs: Tensor
-    gate_logits: Tensor | None
 
 
 class Executor(nn.Module):
@@ -46,9 +44,11 @@ class Executor(nn.Module):
         self.norm = RMSNorm(config.d_model)
         self.lm_head = linear(config.d_model, VOCAB_SIZE, zero=True)
         self.ngrams = NgramMixture(config) if config.counts_ngrams else None
-        self.from_ngrams = linear(VOCAB_SIZE, config.d_model) if config.counts_ngrams else None
-        if self.from_ngrams is not None:
+        self.from_ngrams = None
+        if self.ngrams is not None:
+            self.from_ngrams = linear(self.ngrams.n_features, config.d_model)
             nn.init.normal_(self.from_ngrams.weight)  # as token embeddings
+            self.from_ngrams.weight.data[:, VOCAB_SIZE:] *= 0.1  # logarithms of counts are larger
 
     def forward(
         self,
@@ -78,11 +78,11 @@ class Executor(nn.Module):
         Raises:
             ValueError: ``y_in`` is longer than ``max_len``.
         """
-        found = probs = None
+        found = features = None
         if self.ngrams is not None:
             found = self.ngrams.find_continuations(y_in, preceding_ids)
-            probs = self.ngrams.probs(found).view(*y_in.shape, -1)
-        states = self.hidden_states(y_in, plan, encoded, probs, char_positions=char_positions)
+            features = self.ngrams.features(found).view(*y_in.shape, -1)
+        states = self.hidden_states(y_in, plan, encoded, features, char_positions=char_positions)
         logits: Tensor = self.lm_head(states)
         if self.ngrams is None or found is None:
             return logits.log_softmax(-1)
@@ -105,15 +105,16 @@ class Executor(nn.Module):
 
         Other arguments and errors as in `forward`.
         """
-        # Step 1: the n-gram counts.
-        probs = None
+        # Step 1: the n-gram counts alone.
+        features = None
         if self.ngrams is not None:
             found, continuation_count = self.ngrams.lookup(
                 y_in, y_out, preceding_ids, leave_one_out
             )
-            probs = self.ngrams.probs(found).view(*y_in.shape, -1)
+            count_gates = self.ngrams.count_gate_logits(found)
+            features = self.ngrams.features(found, count_gates).view(*y_in.shape, -1)
         # Step 2: the network alone. The first position is [PLAN], which has no target.
-        states = self.hidden_states(y_in, plan, encoded, probs, keep_plan=True)
+        states = self.hidden_states(y_in, plan, encoded, features, keep_plan=True)
         logits = self.lm_head(states).float()
         plan_log_probs = logits[:, 0].log_softmax(-1)
         targets = F.pad(y_out, (1, 0), value=PAD)
@@ -121,20 +122,29 @@ class Executor(nn.Module):
             logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="none"
         ).view(targets.shape)[:, 1:]
         if self.ngrams is None:
-            return TargetLoss(network.sum(1), network.sum(1), plan_log_probs, None)
+            nll = network.sum(1)
+            return TargetLoss(nll, nll, torch.zeros_like(nll), plan_log_probs)
         # Step 3: the mixture of both.
-        target_probs, gate_logits = self.ngrams.target_probs(
-            (-network).exp(), states[:, 1:], found, continuation_count
+        mixed_gates = self.ngrams.gate_logits(found, states[:, 1:])
+        mixture, counts = (
+            self.ngrams.target_probs(base_probs, gate_logits, found, continuation_count)
+            for base_probs, gate_logits in (
+                ((-network).exp().flatten(), mixed_gates),
+                (1 / VOCAB_SIZE, count_gates),
+            )
         )
-        mixture = -torch.where(y_out != PAD, target_probs, 1.0).log()
-        return TargetLoss(mixture.sum(1), network.sum(1), plan_log_probs, gate_logits)
+        mixture, counts = (
+            -torch.where(y_out != PAD, probs.view(y_out.shape), 1.0).log().sum(1)
+            for probs in (mixture, counts)
+        )
+        return TargetLoss(mixture, network.sum(1), counts, plan_log_probs)
 
     def hidden_states(
         self,
         y_in: Tensor,
         plan: Tensor,
         encoded: EncoderOutput | None = None,
-        ngram_probs: Tensor | None = None,
+        ngram_features: Tensor | None = None,
         cache: ExecutorCache | None = None,
         char_positions: Tensor | None = None,
         keep_plan: bool = False,
@@ -142,8 +152,8 @@ class Executor(nn.Module):
         """Runs the blocks. Returns the states that predict each next token, (B, T, D).
 
         Args:
-            ngram_probs: what the n-gram counts predict after each of y_in, (B, T, V); ``None`` in a
-                model without counts. The network reads square roots: small probabilities differ.
+            ngram_features: what the n-gram counts say after each of y_in, (B, T, V + 2 N), see
+                `NgramMixture.features`; ``None`` in a model without counts.
             cache: of the tokens before ``y_in``; y_in is added. [PLAN] precedes y_in only where the
                 cache is empty.
             keep_plan: also return the state of [PLAN], as the first, (B, 1 + T, D).
@@ -153,9 +163,8 @@ class Executor(nn.Module):
         # Step 1: embed the tokens, with [PLAN] in front at the start of a window.
         x = self.tok_emb(y_in)
         if self.from_ngrams is not None:
-            assert ngram_probs is not None
-            # What rounding leaves of a count that was subtracted must not be seen.
-            x = x + self.from_ngrams((ngram_probs - EPS).clamp(min=0).sqrt()).to(x.dtype)
+            assert ngram_features is not None
+            x = x + self.from_ngrams(ngram_features).to(x.dtype)
         is_start = cache is None or cache.length == 0
         if is_start:
             plan_token = self.tok_emb.weight[PLAN] + self.from_plan(plan.to(x.dtype))

@@ -19,31 +19,23 @@ from .executor import Executor
 from .planner import EncoderOutput, Planner, PlanOutput
 
 
-class RunningStats(NamedTuple):
-    """What one batch adds to the model's running statistics: ``pooled`` (B, D) to the codebook's
-    queue; ``ids`` (B, T) and ``gate_logits`` (B, T, N) to the means that drafts use. ``None``
-    without a codebook or without n-gram counts. See `HRMModel.update_running_stats`."""
-
-    pooled: Tensor | None
-    ids: Tensor
-    gate_logits: Tensor | None
-
-
 class LossTerms(NamedTuple):
     """Losses of each row, in nats, (B,).
 
-    ``mixture`` and ``network``: negative log-likelihood summed over the targets, with the n-gram
-    counts and by the network alone; equal in a model without counts. ``plan_bow``: negative
-    log-likelihood of the prompt's tokens by the bag-of-words distribution that the plan predicts,
-    averaged over tokens. With a codebook also its ``code_logits`` (B, K). ``stats``: see
-    `HRMModel.update_running_stats`.
+    ``mixture``, ``network`` and ``counts``: negative log-likelihood summed over the targets, of the
+    mixture, by the network alone and by the n-gram counts alone; in a model without counts the
+    first two are equal and the third is 0. ``plan_bow``: negative log-likelihood of the prompt's
+    tokens by the bag-of-words distribution that the plan predicts, averaged over tokens. With a
+    codebook also its ``code_logits`` (B, K) and ``pooled`` (B, D), see
+    `HRMModel.update_code_queue`.
     """
 
     mixture: Tensor
     network: Tensor
+    counts: Tensor
     plan_bow: Tensor
     code_logits: Tensor | None
-    stats: RunningStats
+    pooled: Tensor | None
 
 
 class HRMModel(nn.Module):
@@ -93,12 +85,10 @@ class HRMModel(nn.Module):
         """
         plan, encoded = self.encode_prompt(prompt_ids, cross_attends)
         losses = self.executor.nll(y_in, y_out, plan.plan, encoded, preceding_ids, leave_one_out)
-        gate_logits = losses.gate_logits
-        stats = RunningStats(
-            plan.pooled, y_in, None if gate_logits is None else gate_logits.detach()
-        )
         plan_bow = bag_of_words_nll(losses.plan_log_probs, prompt_ids)
-        return LossTerms(losses.mixture, losses.network, plan_bow, plan.code_logits, stats)
+        return LossTerms(
+            losses.mixture, losses.network, losses.counts, plan_bow, plan.code_logits, plan.pooled
+        )
 
     def encode_prompt(
         self, prompt_ids: Tensor, cross_attends: Tensor | None
@@ -118,16 +108,11 @@ class HRMModel(nn.Module):
         return plan, encoded._replace(mask=mask)
 
     @torch.no_grad()
-    def update_running_stats(self, batches: Sequence[RunningStats]) -> None:
-        """Updates the codebook's queue and the gate means with the batches of an optimizer step."""
-        if not batches:
-            return
+    def update_code_queue(self, batches: Sequence[Tensor | None]) -> None:
+        """Adds the pooled states (B, D) of the batches of an optimizer step to the codebook's
+        queue, if there is a codebook."""
         if self.planner.codebook is not None:
-            self.planner.codebook.update_queue([s.pooled for s in batches if s.pooled is not None])
-        if self.executor.ngrams is not None:
-            self.executor.ngrams.gate_means.update(
-                [(s.ids, s.gate_logits) for s in batches if s.gate_logits is not None]
-            )
+            self.planner.codebook.update_queue([pooled for pooled in batches if pooled is not None])
 
     @property
     def device(self) -> torch.device:

@@ -7,8 +7,7 @@ vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from operator import sub
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..tokenizer import VOCAB_SIZE, inputs_to_targets
-from .hashing import RollingHash, hash_powers, stack_hashes
+from .hashing import WORD_ORDERS, ContextHasher, RollingHash, hash_index, min_length
 from .table import TOKEN_BITS, NgramTable, entry_key
 
 MAX_TOKEN = 2**TOKEN_BITS - 1
@@ -27,11 +26,13 @@ Array = Any  # torch.Tensor or np.ndarray
 class ContextMatch(NamedTuple):
     """The contexts at one position.
 
+    ``last_token``: that the contexts end with.
     ``ranges``: begin and end of the table's entries of each valid context, (n, 2), by rising order.
     ``recent``: for contexts found in the text just read, by index among the N orders, how often
     each token continued it.
     """
 
+    last_token: int
     ranges: NDArray[np.int64]
     recent: dict[int, dict[int, int]]
 
@@ -39,22 +40,19 @@ class ContextMatch(NamedTuple):
 class Continuations(NamedTuple):
     """All continuations of the contexts at P positions, as NumPy arrays; in training, as tensors.
 
+    ``last_tokens``: the token that the contexts end with, (P,).
     ``context_count`` and ``n_continuations`` (P, N) as in `ContextCounts`. Then for each of M pairs
     of a context and a token that continued it, (M,) each: ``context_index`` into the P * N
     contexts, ``token_index`` into the P * V tokens, and the ``frequency`` of the token after the
     context, relative to the context's count.
     """
 
+    last_tokens: Array
     context_count: Array
     n_continuations: Array
     context_index: Array
     token_index: Array
     frequency: Array
-
-
-# What continued one context: its index among the N orders, its count, the tokens and how often each
-# of them occurred. A plain tuple: a draft makes thousands a second.
-OrderCounts = tuple[int, int, list[int], Iterable[int]]
 
 
 def sort_orders(orders: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -81,34 +79,35 @@ class NgramIndex:
         _, order_index = sort_orders([*orders, *recent_orders])
         self.table_index = np.array(order_index[:n_table])
         self.recent_index = order_index[n_table:]
-        longest_first = sorted(
-            ((index, source) for source, index in enumerate(order_index)), reverse=True
+        self.n_orders = len(order_index)
+        # The index of each order's hash in a RollingHash, and how many orders are valid after some
+        # tokens.
+        self.max_order = max(n for n in orders if n not in WORD_ORDERS)
+        self.table_hashes, self.recent_hashes = (
+            np.array([hash_index(n) for n in some]) for some in (orders, recent_orders)
         )
-        self.longest_first = longest_first
-        # A RollingHash has the hashes of 1, 2, ... tokens: the index of each order among them, and
-        # how many orders are valid by the number of valid hashes.
-        max_order = max(orders)
-        self.powers = hash_powers(max_order)
-        self.table_hashes = np.array(orders) - 1
-        self.recent_hashes = np.array(recent_orders) - 1
-        self.n_table_valid = [sum(n <= k for n in orders) for k in range(max_order + 1)]
-        self.n_recent_valid = [sum(n <= k for n in recent_orders) for k in range(max_order + 1)]
+        self.n_table_valid, self.n_recent_valid = (
+            [sum(min_length(n) <= k for n in some) for k in range(self.max_order + 1)]
+            for some in (orders, recent_orders)
+        )
         self.key_bounds = np.array([0, MAX_TOKEN])
 
     def recent_keys(self, state: RollingHash) -> list[int]:
         """Returns the hashes of the valid contexts counted in the text just read."""
-        hashes: list[int] = state.hashes[self.recent_hashes].tolist()
-        return hashes[: self.n_recent_valid[state.n_valid]]
+        n = self.n_recent_valid[min(state.length, self.max_order)]
+        hashes: list[int] = state.hashes[self.recent_hashes[:n]].tolist()
+        return hashes
 
     def table_ranges(self, state: RollingHash) -> NDArray[np.int64]:
         """Returns begin and end of the table's entries of each valid context, (n, 2)."""
-        n = self.n_table_valid[state.n_valid]
-        keys = entry_key(state.hashes[self.table_hashes[:n], None], self.key_bounds)
+        n = self.n_table_valid[min(state.length, self.max_order)]
+        hashes = state.hashes[self.table_hashes[:n]]
+        keys = entry_key(hashes[:, None], self.key_bounds)
         return self.entries.searchsorted(keys)  # no entry has the token MAX_TOKEN
 
     def gather_continuations(self, matches: Sequence[ContextMatch]) -> Continuations:
         """Gathers all continuations of the contexts at P positions."""
-        n_orders = len(self.longest_first)
+        n_orders = self.n_orders
         # Step 1: count and number of continuations of the contexts in the table.
         n_found = [len(match.ranges) for match in matches]
         none = np.empty((0, 2), np.int64)  # there may be no position
@@ -139,24 +138,15 @@ class NgramIndex:
                 np.concatenate(p) for p in zip((context, token, frequency), more, strict=True)
             )
         context_counts, n_continuations = stats.reshape(2, len(matches), n_orders)
+        last_tokens = np.array([match.last_token for match in matches], np.int64)
         return Continuations(
-            context_counts, n_continuations, context, token, frequency.astype(np.float32)
+            last_tokens,
+            context_counts,
+            n_continuations,
+            context,
+            token,
+            frequency.astype(np.float32),
         )
-
-    def longest_contexts(self, match: ContextMatch) -> Iterator[OrderCounts]:
-        """Yields the counts of the contexts at one position, the longest context first."""
-        ranges = match.ranges.tolist()
-        for order_index, source in self.longest_first:
-            if order_index in match.recent:
-                next_counts = match.recent[order_index]
-                counts = next_counts.values()
-                yield order_index, sum(counts), list(next_counts), counts
-            elif source < len(ranges) and ranges[source][0] < ranges[source][1]:
-                begin, end = ranges[source]
-                # For a few entries a memoryview is faster than an array.
-                tokens = [entry & MAX_TOKEN for entry in self.entries.data[begin:end]]
-                total = self.cumulative.data[begin : end + 1].tolist()
-                yield order_index, total[-1] - total[0], tokens, map(sub, total[1:], total)
 
 
 class NgramContext:
@@ -173,13 +163,13 @@ class NgramContext:
         self.recent_keys = self._initial_keys(tokens)  # at each token
         for keys, token in zip(self.recent_keys, tokens[1:]):  # noqa: B905
             self._count(keys, token)
-        self.states = [RollingHash.of(tokens, index.powers)]  # now, and after each `append`
+        self.states = [RollingHash.of(tokens, index.max_order)]  # now, and after each `append`
         self.last_tokens: list[int] = []  # that `append` added
 
     def _initial_keys(self, tokens: Sequence[int]) -> list[list[int]]:
         if not tokens:
             return []
-        hashes, valid = stack_hashes(torch.tensor([tokens]), self.index.recent_orders)
+        hashes, valid = ContextHasher(torch.tensor([tokens])).hashes(self.index.recent_orders)
         rows = zip(hashes[0].tolist(), valid[0].tolist(), strict=True)
         return [[h for h, v in zip(*row, strict=True) if v] for row in rows]
 
@@ -195,7 +185,7 @@ class NgramContext:
         """Adds a token to the sequence."""
         if self.recent_keys:
             self._count(self.recent_keys[-1], token)
-        state = self.states[-1].append(token, self.index.powers)
+        state = self.states[-1].append(token)
         self.states.append(state)
         self.recent_keys.append(self.index.recent_keys(state))
         self.last_tokens.append(token)
@@ -220,4 +210,9 @@ class NgramContext:
             for order_index, key in zip(self.index.recent_index, keys)  # noqa: B905
             if (counts := self.next_counts.get(key))
         }
-        return ContextMatch(self.index.table_ranges(self.states[-1]), recent)
+        return ContextMatch(self.last_token(), self.index.table_ranges(self.states[-1]), recent)
+
+    def last_token(self) -> int:
+        """Returns the last token of the sequence, 0 if it is empty."""
+        one = self.states[-1].hashes[hash_index(1)]  # the hash of a token is the token and 1
+        return max(0, int(one) - 1)

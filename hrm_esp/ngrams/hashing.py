@@ -1,16 +1,22 @@
-"""Rolling hashes of token n-grams: for all positions of a tensor, or one token at a time.
+"""Hashes of contexts: for all positions of a tensor, or one token at a time.
 
-The hash of n tokens t_1 .. t_n, t_n the newest, is the sum of (t_i + 1) * F^(i - 1) modulo 2^64,
-read as int64. An n-gram never reaches back over a BOS, but may begin with it. Both forms in this
-file give the same hashes.
+The context of order n is the last n tokens. Two contexts are made of words, whatever their length:
+WORD is the word so far, or the last token where that is no letter, and TWO_WORDS the same with the
+word before it. Letters are folded to lower case. No context reaches back over a BOS; an n-gram may
+begin with it.
+
+The hash of tokens t_1 .. t_n, t_n the newest, is the sum of (t_i + 1) F^(n - i) modulo 2^64, read
+as int64, with F = HASH_FACTOR. F is odd, so it has an inverse: the hash of any part of a row is a
+difference of cumulative sums of (t_i + 1) F^-i, times a power of F.
 
 Shapes: B rows, T positions, R preceding positions, N orders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,80 +27,152 @@ from torch import Tensor
 from ..tokenizer import BOS, PAD
 
 HASH_FACTOR = 1_000_003
+WORD_FACTOR = 0x9E3779B97F4A7C15  # of the word before, and of the kind of context; odd as well
+WORD, TWO_WORDS = WORD_ORDERS = (1001, 1002)  # above every order of n-grams: they are sorted last
 
 
-def ngram_hashes(
-    ids: Tensor, max_order: int, n_preceding: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hashes the last 1, 2, ... ``max_order`` tokens at each position.
+class ContextHasher:
+    """Hashes the contexts at each of ids (B, T), after preceding_ids (B, R). PAD is no token."""
 
-    Args:
-        ids: (B, n_preceding + T), PAD where there is no token.
-        n_preceding: number of tokens in front that are context only.
+    def __init__(self, ids: Tensor, preceding_ids: Tensor | None = None) -> None:
+        self.n_positions = ids.shape[1]
+        self.ids = ids if preceding_ids is None else torch.cat((preceding_ids, ids), dim=1)
+        self.position = torch.arange(self.ids.shape[1], device=ids.device)
+        self.powers, self.inverse_powers = (
+            torch.full_like(self.position, signed(factor)).cumprod(0).roll(1)
+            for factor in (HASH_FACTOR, pow(HASH_FACTOR, -1, 2**64))
+        )
+        self.powers[:1] = self.inverse_powers[:1] = 1
+        # Where the document begins, at each position; behind it at a PAD.
+        begin = torch.where(self.ids == PAD, self.position + 1, 0)
+        begin = torch.where(self.ids == BOS, self.position, begin)
+        self.document_begin = begin.cummax(1).values
+        self.sums = self._cumulative(self.ids + 1)
 
-    Yields:
-        For each order the hashes (B, T) int64, and which n-grams are valid, (B, T) bool: those that
-        begin after the last BOS, or with it. An invalid hash covers only the tokens back to the
-        last BOS.
-    """
-    n, missing = ids.shape[1] - n_preceding, max_order - 1 - n_preceding
-    if missing > 0:
-        ids = F.pad(ids, (missing, 0), value=PAD)
-    end = ids.shape[1]
-    hashes = ids.new_zeros((len(ids), n))
-    valid = torch.ones_like(hashes, dtype=torch.bool)
-    for k in range(max_order):
-        token = ids[:, end - n - k : end - k]
-        valid = valid & (token != PAD)
-        hashes = hashes * HASH_FACTOR + (token + 1) * valid  # int64 wraps around
-        yield hashes, valid
-        valid = valid & (token != BOS)
+    def _cumulative(self, values: Tensor) -> Tensor:
+        """Returns the sums of values (B, R + T) times F^-i over all positions before: one more."""
+        return F.pad((values * self.inverse_powers).cumsum(1), (1, 0))
+
+    def hashes(self, orders: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the hashes of the contexts of some orders, those of words first, (B, T, N) int64,
+        and which contexts are valid, (B, T, N) bool. An invalid hash covers only the tokens back to
+        the last BOS."""
+        parts = []
+        if words := [n - WORD for n in orders if n in WORD_ORDERS]:
+            parts.append(tuple(values[..., words] for values in self.words))
+        if ngrams := [n for n in orders if n not in WORD_ORDERS]:
+            parts.append(self.ngrams(ngrams))
+        hashes, is_valid = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        return hashes, is_valid
+
+    def ngrams(self, orders: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the hashes of n-grams (B, T, N) int64, and which are valid, (B, T, N) bool."""
+        end = self.position[len(self.position) - self.n_positions :]
+        document_begin = self.document_begin[:, len(self.position) - self.n_positions :, None]
+        first = end[:, None] + 1 - torch.tensor(orders, device=end.device)
+        begin = torch.maximum(first, document_begin)
+        sums = self.sums.gather(1, begin.flatten(1)).view_as(begin)
+        hashes = (self.sums[:, end + 1, None] - sums) * self.powers[end, None]
+        return hashes, first >= document_begin
+
+    @cached_property
+    def words(self) -> tuple[Tensor, Tensor]:
+        """The hashes of WORD and TWO_WORDS (B, T, 2) int64, and which are valid, (B, T, 2)
+        bool."""
+        # Step 1: the word so far.
+        letter, token = is_letter(self.ids), fold_case(self.ids) + 1
+        sums = self._cumulative(token)
+        begin = torch.where(letter, -1, self.position).cummax(1).values + letter
+        word = (sums[:, 1:] - sums.gather(1, begin)) * self.powers
+        # Step 2: the word before, if it is in the same document.
+        is_end = F.pad(letter[:, :-1], (1, 0)) & ~letter
+        end = torch.where(is_end, self.position - 1, -1).cummax(1).values
+        previous = word.gather(1, end.clamp(min=0)) * (end >= self.document_begin)
+        hashes = torch.stack(hash_words(word, previous), dim=-1)
+        is_valid = (self.ids != PAD)[..., None].expand_as(hashes)
+        return hashes[:, -self.n_positions :], is_valid[:, -self.n_positions :]
 
 
-def stack_hashes(
-    ids: Tensor, orders: Sequence[int], preceding_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Hashes the n-grams of the given orders at each of ids (B, T), after preceding_ids (B, R).
-
-    Returns:
-        The hashes (B, T, N) int64, and which n-grams are valid, (B, T, N) bool.
-    """
-    n_preceding, max_order = 0, max(orders)
-    if preceding_ids is not None:
-        preceding_ids = preceding_ids[:, max(0, preceding_ids.shape[1] - max_order + 1) :]
-        n_preceding = preceding_ids.shape[1]
-        ids = torch.cat((preceding_ids, ids), dim=1)
-    by_order = list(ngram_hashes(ids, max_order, n_preceding))
-    hashes, valid = zip(*(by_order[n - 1] for n in orders), strict=True)
-    return torch.stack(hashes, dim=-1), torch.stack(valid, dim=-1)
+def hash_words(word: Any, previous: Any) -> tuple[Any, Any]:
+    """Returns the hashes of WORD and TWO_WORDS, of ints or tensors."""
+    factor = signed(WORD_FACTOR)
+    return word * factor + WORD, (previous * factor + word) * factor + TWO_WORDS
 
 
-def hash_powers(max_order: int) -> NDArray[np.int64]:
-    """Returns HASH_FACTOR^0 .. HASH_FACTOR^(max_order - 1) modulo 2^64."""
-    powers = [pow(HASH_FACTOR, i, 2**64) for i in range(max_order)]
-    return np.array(powers, np.uint64).view(np.int64)
+def is_letter(ids: Any) -> Any:
+    """Whether an int, or each of a tensor, is an ASCII letter or part of a character of several
+    bytes: those are letters, mostly."""
+    folded = fold_case(ids)
+    return ((folded >= 97) & (folded <= 122)) | ((ids >= 128) & (ids < 256))
+
+
+def fold_case(ids: Any) -> Any:
+    """Maps ASCII capitals to small letters, in an int or a tensor."""
+    return ids + 32 * ((ids >= 65) & (ids <= 90))
+
+
+def signed(x: int) -> int:
+    """Returns x modulo 2^64, read as int64."""
+    x %= 2**64
+    return x - 2**64 if x >= 2**63 else x
 
 
 class RollingHash(NamedTuple):
-    """The end of a sequence: ``hashes`` of its last 1, 2, ... tokens, of which the first
-    ``n_valid`` are those of valid n-grams."""
+    """The end of a sequence.
+
+    ``hashes``: of WORD, of TWO_WORDS and of the last 1, 2, ... tokens, see `hash_index`.
+    ``length``: tokens since the last BOS. ``word`` and ``previous``: hashes of the word so far and
+    of the one before, 0 if there is none. ``in_word``: whether the last token is a letter.
+    """
 
     hashes: NDArray[np.int64]
-    n_valid: int
+    length: int = 0
+    word: int = 0
+    previous: int = 0
+    in_word: bool = False
 
     @classmethod
-    def of(cls, tokens: Sequence[int], powers: NDArray[np.int64]) -> RollingHash:
-        """Hashes the end of ``tokens``; PAD is skipped. ``powers`` as of `hash_powers`."""
-        state = cls(np.zeros(len(powers), np.int64), 0)
-        for token in tokens[-len(powers) :]:
+    def of(cls, tokens: Sequence[int], max_order: int) -> RollingHash:
+        """Hashes the end of ``tokens``; PAD is skipped."""
+        begin = min(max(0, len(tokens) - max_order), previous_word_begin(tokens))
+        state = cls(np.zeros(len(WORD_ORDERS) + max_order, np.int64))
+        for token in tokens[begin:]:
             if token != PAD:
-                state = state.append(token, powers)
+                state = state.append(token)
         return state
 
-    def append(self, token: int, powers: NDArray[np.int64]) -> RollingHash:
+    def append(self, token: int) -> RollingHash:
         """Returns the state after one more token."""
-        hashes = powers * (token + 1)
+        word, previous, in_word = fold_case(token) + 1, self.previous, is_letter(token)
         if token == BOS:
-            return RollingHash(hashes, 1)
-        hashes[1:] += self.hashes[:-1]
-        return RollingHash(hashes, min(self.n_valid + 1, len(powers)))
+            previous = 0
+        elif in_word and self.in_word:
+            word = (self.word * HASH_FACTOR + word) % 2**64
+        elif self.in_word:
+            previous = self.word
+        n_words = len(WORD_ORDERS)
+        hashes = np.full_like(self.hashes, token + 1)
+        hashes[n_words + 1 :] += self.hashes[n_words:-1] * HASH_FACTOR
+        hashes[:n_words] = [signed(h) for h in hash_words(word, previous)]
+        length = 1 if token == BOS else self.length + 1
+        return RollingHash(hashes, length, word, previous, in_word)
+
+
+def hash_index(order: int) -> int:
+    """Returns the index of an order among the hashes of a `RollingHash`."""
+    return order - WORD if order in WORD_ORDERS else len(WORD_ORDERS) + order - 1
+
+
+def min_length(order: int) -> int:
+    """Returns how many tokens there must be for a context of an order."""
+    return 1 if order in WORD_ORDERS else order
+
+
+def previous_word_begin(tokens: Sequence[int]) -> int:
+    """Returns where the last word but one begins, or the document if it has no such word."""
+    n_words = 0
+    for i in range(len(tokens) - 1, 0, -1):
+        n_words += is_letter(tokens[i]) and not is_letter(tokens[i - 1])
+        if n_words == 2 or tokens[i] == BOS:
+            return i
+    return 0

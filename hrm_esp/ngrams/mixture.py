@@ -4,36 +4,43 @@ A network needs many passes to memorize what a table holds after one. So the Exe
 memorizing to counts of the training text, and of the text just read, and learns the rest. What the
 counts predict is also an input of the network: it learns where they are wrong.
 
-Orders are sorted, n = 1 .. N from the shortest context to the longest; of equal orders, that of the
-text just read comes last. Let p_0 be the network's distribution, C_n the count of the context of
-order n, c_n(x) how often token x continued it, and D_n by how many different tokens it was
-continued:
+Contexts are the last n tokens, and words (see hashing.py); each is looked up in the training text
+and in the text just read. Orders are sorted, n = 1 .. N from the shortest context to the longest,
+those of words last; of equal orders, that of the text just read comes last. Let C_n be the count of
+the context of order n, c_n(x) how often token x continued it, and D_n by how many different tokens
+it was continued:
 
     p_n(x) = (1 - g_n) p_{n-1}(x) + g_n c_n(x) / C_n                           (interpolation)
     g_n    = sigmoid(a_n log(1 + C_n) + b_n log(1 + D_n) + d_n + (U h)_n),  0 if C_n = 0     (gate)
     p(x)   = (1 - M) p_0(x) + M p_N(x)                                         (cap)
 
-This is deleted interpolation (Jelinek & Mercer 1980) with a learned gate: h is the network's state,
-``count_weights`` are (a, b, d), ``gate_proj`` is U. They start as the weights of Witten & Bell
-(1991, method C): a = 1, b = -1, d = 0, U = 0. M = MAX_NGRAM_MASS keeps every token possible.
+This is deleted interpolation (Jelinek & Mercer 1980) with learned gates: p_0 is the network's
+distribution, h its state, ``count_weights`` are (a, b, d), ``gate_proj`` is U. They start as the
+weights of Witten & Bell (1991, method C): a = 1, b = -1, d = 0, U = 0. M = MAX_NGRAM_MASS keeps
+every token possible.
 
-`interpolation_weights` unrolls it to p(x) = w_0 p_0(x) + sum over n of w_n c_n(x) / C_n. That is
-the form for tensors and NumPy arrays; `draft_probs` at the end of this file is the form for a
-single position, in plain Python.
+Before the network has run, its part and its state are unknown. So what the counts alone predict,
+which the network reads and drafts are sampled from, is the same sum with p_0 = 0 and with gates
+that know only the counts and the last token, t:
 
-Before the network has run, its part and its state are unknown. So its input is the same sum without
-the network (p_0 = 0) and with U h = 0, see `NgramMixture.probs`.
+    g_n = sigmoid(z_n)
+    z   = log(1 + C) - log(1 + D) + W_2 relu(W_1 [log(1 + C), log(1 + D)] + E_t) + b
 
-Shapes: B rows, T positions, R preceding positions, N orders, D = d_model, V = vocab_size.
+`CountGates` has their weights. They have a loss of their own, in which p_0 is uniform.
+
+`interpolation_weights` unrolls the sum to p(x) = w_0 p_0(x) + sum over n of w_n c_n(x) / C_n. All
+functions of this file take tensors, for training, or NumPy arrays: for the few positions of a
+decoding step NumPy is several times as fast as PyTorch.
+
+Shapes: B rows, T positions, R preceding positions, P positions of all rows (B * T), N orders, H =
+GATE_DIM, D = d_model, V = vocab_size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from math import exp, log1p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,68 +49,111 @@ from torch import Tensor, nn
 from ..config import RECENT_ORDERS, HRMConfig
 from ..data.stream import ByteStream
 from ..tokenizer import PAD, VOCAB_SIZE
-from .context import (
-    Array,
-    Continuations,
-    NgramContext,
-    NgramIndex,
-    OrderCounts,
-    sort_orders,
-)
-from .gate_means import GateMeans, MeanGateLogit
+from .context import Array, Continuations, NgramContext, NgramIndex, sort_orders
+from .hashing import WORD_ORDERS
 from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_counts
 
 MAX_NGRAM_MASS = 1 - 2**-12  # M above
-DRAFT_TAIL_MASS = 0.2  # probability mass below which a draft ignores shorter contexts
+GATE_DIM = 32  # H above
 EPS = np.float32(1e-37)  # so that no logarithm is of zero
+MIN_PROB = np.float32(1e-6)  # the network sees no probability below: rounding leaves some
 
 
-def interpolation_weights(
-    context_count: Array, n_continuations: Array, gate_logits: Array | float, count_weights: Array
-) -> tuple[Array, Array]:
-    """Computes the weights of the mixture, on tensors or on NumPy arrays.
+class GateWeights(NamedTuple):
+    """The weights of z, tensors or NumPy arrays: E (V, H), W_1 (H, 2 N), W_2 (N, H) and b (N,)."""
+
+    token_emb: Array
+    hidden: Array
+    out: Array
+    bias: Array
+
+
+def count_gate_logits(found: Continuations, weights: GateWeights) -> Array:
+    """Computes z of each context, the logits of the gates of the counts alone: (P, N)."""
+    xp = array_module(found.context_count)
+    log_counts = xp.log(found.context_count + 1), xp.log(found.n_continuations + 1)
+    hidden = xp.concatenate(log_counts, -1) @ weights.hidden.T
+    hidden = (hidden + weights.token_emb[found.last_tokens]).clip(min=0)
+    return log_counts[0] - log_counts[1] + hidden @ weights.out.T + weights.bias
+
+
+def mixture_gate_logits(found: Continuations, count_weights: Array, state_logits: Array) -> Array:
+    """Computes the logits of the mixture's gates: (P, N).
 
     Args:
-        context_count, n_continuations, gate_logits: C, D and U h of each context, (..., N).
         count_weights: a, b and d of each order, (N, 3).
+        state_logits: U h, (P, N).
+    """
+    xp = array_module(found.context_count)
+    a, b, d = count_weights.T
+    logits: Array = xp.log(found.context_count + 1) * a + xp.log(found.n_continuations + 1) * b + d
+    return logits + state_logits
+
+
+def interpolation_weights(context_count: Array, gate_logits: Array) -> tuple[Array, Array]:
+    """Computes the weights of the mixture.
+
+    Args:
+        context_count: C of each context, (P, N).
+        gate_logits: logits of the gates, (P, N).
 
     Returns:
-        The weight w_0 of the network, (...), and w_n of each order, (..., N).
+        The weight w_0 of the network, (P,), and w_n of each order, (P, N).
     """
     xp = array_module(context_count)
-    a, b, d = count_weights.T
-    score = xp.log(context_count + 1) * a + xp.log(n_continuations + 1) * b + d + gate_logits
-    gates = sigmoid(score) * (context_count > 0)
+    gates = sigmoid(gate_logits) * (context_count > 0)
     # remaining[n] = (1 - g_n) (1 - g_{n+1}) ... (1 - g_N)
     remaining = xp.flip(xp.cumprod(xp.flip(1 - gates, (-1,)), -1), (-1,))
-    after = xp.concatenate((remaining[..., 1:], xp.ones_like(remaining[..., :1])), -1)
+    after = xp.concatenate((remaining[:, 1:], xp.ones_like(remaining[:, :1])), -1)
     order_weights = MAX_NGRAM_MASS * gates * after
-    return 1 - MAX_NGRAM_MASS + MAX_NGRAM_MASS * remaining[..., 0], order_weights
+    return 1 - MAX_NGRAM_MASS + MAX_NGRAM_MASS * remaining[:, 0], order_weights
 
 
-def mixture_log_probs(
-    network_log_probs: Array, gate_logits: Array, count_weights: Array, found: Continuations
-) -> Array:
-    """Computes the log-probabilities of all tokens, on tensors or on NumPy arrays.
+def sum_continuations(order_weights: Array, found: Continuations) -> Array:
+    """Sums w_n c_n(x) / C_n over the orders: weights (P, N) -> (P, V)."""
+    mass = order_weights.reshape(-1)[found.context_index] * found.frequency
+    return scatter_sum(mass, found.token_index, (len(found.context_count), VOCAB_SIZE))
+
+
+def count_probs(found: Continuations, gate_logits: Array) -> Array:
+    """Computes what the counts alone predict: (P, V), probabilities whose sum is at most one.
 
     Args:
-        network_log_probs: (B, T, V).
-        gate_logits: U h of each order, (B, T, N).
-        count_weights: a, b and d of each order, (N, 3).
-        found: the continuations of the contexts at the B * T positions.
+        gate_logits: z of each context, (P, N).
+    """
+    _, order_weights = interpolation_weights(found.context_count, gate_logits)
+    return sum_continuations(order_weights, found)
 
-    Returns:
-        (B, T, V).
+
+def count_features(found: Continuations, gate_logits: Array) -> Array:
+    """Computes what the network reads of the counts: (P, V + 2 N), see `n_features`.
+
+    The square roots of what they predict, so that small probabilities differ, and the logarithms of
+    C and D.
+
+    Args:
+        gate_logits: z of each context, (P, N).
     """
     xp = array_module(gate_logits)
-    network_weight, order_weights = interpolation_weights(
-        found.context_count.reshape(gate_logits.shape),
-        found.n_continuations.reshape(gate_logits.shape),
-        gate_logits,
-        count_weights,
-    )
-    network_weight = network_weight[..., None]
-    ngram_probs = sum_continuations(order_weights, found).reshape(network_log_probs.shape)
+    probs = xp.sqrt((count_probs(found, gate_logits) - MIN_PROB).clip(min=0))
+    counts = xp.concatenate((found.context_count, found.n_continuations), -1)
+    return xp.concatenate((probs, xp.log(counts + 1) / 2), -1)
+
+
+def mixture_log_probs(network_log_probs: Array, gate_logits: Array, found: Continuations) -> Array:
+    """Computes the log-probabilities of all tokens.
+
+    Args:
+        network_log_probs: (P, V).
+        gate_logits: of each context, (P, N).
+
+    Returns:
+        (P, V).
+    """
+    xp = array_module(gate_logits)
+    network_weight, order_weights = interpolation_weights(found.context_count, gate_logits)
+    network_weight = network_weight[:, None]
+    ngram_probs = sum_continuations(order_weights, found)
     probs = ngram_probs + xp.exp(network_log_probs) * network_weight
     # Where no context knows a token, its probability may be too small for an exponential.
     return xp.where(
@@ -111,10 +161,26 @@ def mixture_log_probs(
     )
 
 
-def sum_continuations(order_weights: Array, found: Continuations) -> Array:
-    """Sums w_n c_n(x) / C_n over the orders: weights (..., N) of P positions -> (P, V)."""
-    mass = order_weights.reshape(-1)[found.context_index] * found.frequency
-    return scatter_sum(mass, found.token_index, (len(found.context_count), VOCAB_SIZE))
+class CountGates(nn.Module):
+    """The weights of z. At first its gates are those of Witten & Bell."""
+
+    def __init__(self, n_orders: int) -> None:
+        super().__init__()
+        self.token_emb = nn.Embedding(VOCAB_SIZE, GATE_DIM)
+        self.hidden = nn.Linear(2 * n_orders, GATE_DIM, bias=False)
+        self.out = nn.Linear(GATE_DIM, n_orders)
+        nn.init.normal_(self.token_emb.weight, std=0.3)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def weights(self) -> GateWeights:
+        return GateWeights(
+            self.token_emb.weight, self.hidden.weight, self.out.weight, self.out.bias
+        )
+
+    def arrays(self) -> GateWeights:
+        """Returns the weights as NumPy arrays."""
+        return GateWeights(*(weight.detach().cpu().numpy() for weight in self.weights()))
 
 
 class NgramMixture(nn.Module):
@@ -123,14 +189,18 @@ class NgramMixture(nn.Module):
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
         self.recent_len = config.recent_len
-        self.recent_orders = [n for n in RECENT_ORDERS if n <= config.count_max]
-        self.table = NgramTable([n for n in TABLE_ORDERS if n <= config.count_max])
+        self.recent_orders, table_orders = (
+            [*WORD_ORDERS, *(n for n in orders if n <= config.count_max)]
+            for orders in (RECENT_ORDERS, TABLE_ORDERS)
+        )
+        self.table = NgramTable(table_orders)
         orders = self.table.orders + self.recent_orders
         self.sort_index, self.sorted_index = sort_orders(orders)
+        self.n_features = VOCAB_SIZE + 2 * len(orders)
+        self.count_gates = CountGates(len(orders))
         self.count_weights = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(len(orders), 1))
         self.gate_proj = nn.Linear(config.d_model, len(orders), bias=False)
         nn.init.zeros_(self.gate_proj.weight)
-        self.gate_means = GateMeans(len(orders))
         self._index: tuple[Tensor, NgramIndex] | None = None  # and the entries it was made from
 
     def build(self, stream: ByteStream, path: Path | None = None) -> None:
@@ -165,7 +235,7 @@ class NgramMixture(nn.Module):
 
         Returns:
             The continuations, as tensors, and how often each context was continued by the target,
-            (B, T, N).
+            (P, N).
         """
         preceding_ids = self._recent(ids[:, :0] if preceding_ids is None else preceding_ids)
         next_tokens = torch.where(targets == PAD, following_tokens(ids), targets)
@@ -174,8 +244,10 @@ class NgramMixture(nn.Module):
             recent_counts(ids, next_tokens, preceding_ids, self.recent_orders),
         )
         context_count, n_continuations, continuation_count = (
-            torch.cat([c[i] for c in counts], dim=-1)[..., self.sort_index] for i in range(3)
+            torch.cat([c[i] for c in counts], dim=-1).flatten(0, 1)[:, self.sort_index]
+            for i in range(3)
         )
+        n_continuations = torch.where(context_count > 0, n_continuations, 0)
         # An index among the table's or the recent contexts becomes one among all of them.
         n_table, n_orders = len(self.table.orders), len(self.sorted_index)
         order_index = torch.tensor(self.sorted_index, device=ids.device)
@@ -187,10 +259,10 @@ class NgramMixture(nn.Module):
                 )
             ]
         )
-        context_count = context_count.flatten(0, 1)
         found = Continuations(
+            ids.flatten(),
             context_count,
-            n_continuations.flatten(0, 1),
+            n_continuations,
             context_index,
             context_index // n_orders * VOCAB_SIZE + torch.cat([c.tokens for c in counts]),
             torch.cat([c.counts for c in counts])
@@ -198,47 +270,50 @@ class NgramMixture(nn.Module):
         )
         return found, continuation_count
 
+    def count_gate_logits(self, found: Continuations) -> Tensor:
+        """Computes z of each context, for training: (P, N)."""
+        logits: Tensor = count_gate_logits(found, self.count_gates.weights())
+        return logits
+
+    def gate_logits(self, found: Continuations, states: Tensor) -> Tensor:
+        """Computes the logits of the mixture's gates, for training: (P, N). States (B, T, D)."""
+        state_logits = self.gate_proj(states).float().flatten(0, 1)
+        logits: Tensor = mixture_gate_logits(found, self.count_weights, state_logits)
+        return logits
+
     def target_probs(
         self,
-        network_probs: Tensor,
-        states: Tensor,
+        base_probs: Tensor | float,
+        gate_logits: Tensor,
         found: Continuations,
         continuation_count: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Computes the mixture's probability of each target.
 
         Args:
-            network_probs: the network's probability of each target, (B, T).
-            states: the network's, (B, T, D).
+            base_probs: p_0 of each target, (P,).
+            gate_logits: logits of the gates, (P, N).
             found, continuation_count: see `lookup`.
 
         Returns:
-            The probabilities (B, T), and the gate logits U h (B, T, N).
+            (P,).
         """
-        gate_logits = self.gate_proj(states).float()
-        context_count = found.context_count.view(gate_logits.shape)
-        network_weight, order_weights = interpolation_weights(
-            context_count,
-            found.n_continuations.view(gate_logits.shape),
-            gate_logits,
-            self.count_weights,
-        )
-        ngram_probs = order_weights * continuation_count / context_count.clamp(min=1)
-        return network_probs * network_weight + ngram_probs.sum(-1), gate_logits
+        base_weight, order_weights = interpolation_weights(found.context_count, gate_logits)
+        frequency = continuation_count / found.context_count.clamp(min=1)
+        return base_probs * base_weight + (order_weights * frequency).sum(-1)
 
     @torch.no_grad()
-    def probs(self, found: Continuations) -> Tensor:
-        """Computes what the counts alone predict at P positions, the input of the network: (P, V)
-        on the device of the weights, probabilities whose sum is at most one."""
-        is_tensor = isinstance(found.frequency, Tensor)
-        _, order_weights = interpolation_weights(
-            found.context_count,
-            found.n_continuations,
-            0.0,
-            self.count_weights if is_tensor else self.count_weights.cpu().numpy(),
-        )
-        probs = sum_continuations(order_weights, found)
-        return probs if is_tensor else torch.from_numpy(probs).to(self.count_weights.device)
+    def features(self, found: Continuations, gate_logits: Tensor | None = None) -> Tensor:
+        """Computes what the network reads of the counts: (P, V + 2 N).
+
+        Args:
+            gate_logits: z, (P, N), in training.
+        """
+        if gate_logits is not None:
+            tensor: Tensor = count_features(found, gate_logits)
+            return tensor
+        array = count_features(found, count_gate_logits(found, self.count_gates.arrays()))
+        return torch.from_numpy(array).to(self.gate_proj.weight.device)
 
     def log_probs(self, logits: Tensor, states: Tensor, found: Continuations) -> Tensor:
         """Computes the mixture's log-probabilities of all tokens.
@@ -252,16 +327,17 @@ class NgramMixture(nn.Module):
         Returns:
             (B, T, V).
         """
-        gate_logits = self.gate_proj(states).float()
-        network_log_probs = logits.float().log_softmax(-1)
+        network_log_probs = logits.float().log_softmax(-1).flatten(0, 1)
         if states.device.type != "cpu" or torch.is_grad_enabled():
             found = Continuations(*(torch.from_numpy(a).to(states.device) for a in found))
-            return mixture_log_probs(network_log_probs, gate_logits, self.count_weights, found)
-        # For the few positions of a decoding step NumPy is several times as fast as PyTorch.
-        mixed = mixture_log_probs(
-            network_log_probs.numpy(), gate_logits.numpy(), self.count_weights.numpy(), found
-        )
-        return torch.from_numpy(mixed)
+            gate_logits = self.gate_logits(found, states)
+            mixed = mixture_log_probs(network_log_probs, gate_logits, found)
+        else:
+            state_logits = self.gate_proj(states).float().flatten(0, 1).numpy()
+            gate_logits = mixture_gate_logits(found, self.count_weights.numpy(), state_logits)
+            array = mixture_log_probs(network_log_probs.numpy(), gate_logits, found)
+            mixed = torch.from_numpy(array)
+        return mixed.view_as(logits)
 
     def find_continuations(self, ids: Tensor, preceding_ids: Tensor | None = None) -> Continuations:
         """Finds the continuations of the contexts at each of ids (B, T), after preceding_ids
@@ -296,36 +372,3 @@ def scatter_sum(values: Array, index: Array, shape: tuple[int, ...]) -> Array:
     else:
         sums = values.new_zeros(math.prod(shape)).scatter_add(0, index, values)
     return sums.reshape(shape)
-
-
-def draft_probs(
-    longest_first: Iterable[OrderCounts],
-    gate_logit: MeanGateLogit,
-    count_weights: Sequence[Sequence[float]],
-) -> dict[int, float]:
-    """Computes what the n-gram counts alone add to p_N at one position, from the longest context to
-    the shortest: the sum of the unrolled equation, without tensors and without the cap M.
-
-    Stops where the contexts so far have all but DRAFT_TAIL_MASS of the mass.
-
-    Args:
-        longest_first: counts of the contexts at the position, see `NgramIndex.longest_contexts`.
-        gate_logit: function from an order's index to its U h.
-        count_weights: a, b and d of each order, (N, 3).
-
-    Returns:
-        Probabilities of tokens; their sum is the weight of the counts in p_N.
-    """
-    probs: dict[int, float] = {}
-    remaining = 1.0
-    for n, context_count, tokens, counts in longest_first:
-        a, b, d = count_weights[n]
-        score = a * log1p(context_count) + b * log1p(len(tokens)) + d + gate_logit(n)
-        gate = 1 / (1 + exp(min(-score, 80)))
-        scale = remaining * gate / context_count
-        for token, count in zip(tokens, counts):  # noqa: B905
-            probs[token] = probs.get(token, 0) + scale * count
-        remaining *= 1 - gate
-        if remaining < DRAFT_TAIL_MASS:
-            break
-    return probs

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..data.stream import ByteStream, as_inputs, as_targets
 from ..files import mmap_cached
 from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
-from .hashing import ngram_hashes, stack_hashes
+from .hashing import WORD_ORDERS, ContextHasher
 
 TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 MAX_COUNTED_BYTES = 2**23  # of a larger corpus, evenly spaced chunks are counted
@@ -75,7 +75,7 @@ class ContextCounts(NamedTuple):
 class NgramTable(nn.Module):
     """N-gram counts of the training text.
 
-    A context that occurred once says as much as any longer one, so no longer contexts are stored.
+    An n-gram that occurred once says as much as any longer one, so no longer ones are stored.
     """
 
     entries: Tensor  # (E,) int64, sorted keys, see `entry_key`
@@ -84,6 +84,7 @@ class NgramTable(nn.Module):
     def __init__(self, orders: Sequence[int]) -> None:
         super().__init__()
         self.orders = list(orders)
+        self.n_words = sum(order in WORD_ORDERS for order in orders)  # they come first
         sentinel = torch.tensor([torch.iinfo(torch.int64).max])  # no search runs off the end
         self.register_buffer("entries", sentinel)
         self.register_buffer("cumulative", torch.zeros(2, dtype=torch.int32))
@@ -103,7 +104,7 @@ class NgramTable(nn.Module):
             for part in self._count(text):
                 file.write(part.numpy().data)
 
-        key = f"1 {self.orders} {len(text)} {zlib.crc32(text.data):08x}"
+        key = f"2 {self.orders} {len(text)} {zlib.crc32(text.data):08x}"
         data = mmap_cached(path, key, write)
         split = len(data) // 12 * 8  # 8 bytes for each of E entries, then 4 for each of E + 1
         self.entries = torch.from_numpy(data[:split].view(np.int64))
@@ -114,16 +115,20 @@ class NgramTable(nn.Module):
         tokens = torch.from_numpy(as_inputs(stream[:-1]))
         next_tokens = torch.from_numpy(as_targets(stream[1:]))
         entries, counts = [self.entries[-1:]], [torch.zeros(1, dtype=torch.int64)]
+        hasher = ContextHasher(tokens[None])
         is_frequent = torch.ones_like(tokens, dtype=torch.bool)  # context so far: more than once
-        for order, (hashes, valid) in enumerate(ngram_hashes(tokens[None], self.orders[-1]), 1):
-            if order not in self.orders:
-                continue
+        for order in self.orders:
+            hashes, is_valid = (x[0, :, 0] for x in hasher.hashes([order]))
+            if order not in WORD_ORDERS:
+                is_valid = is_valid & is_frequent
             # Step 1: count the entries of this order, where the shorter context is frequent.
-            (positions,) = (is_frequent & valid[0]).nonzero(as_tuple=True)
-            keys, sort_index = entry_key(hashes[0, positions], next_tokens[positions]).sort()
+            (positions,) = is_valid.nonzero(as_tuple=True)
+            keys, sort_index = entry_key(hashes[positions], next_tokens[positions]).sort()
             unique_keys, n_occurrences = keys.unique_consecutive(return_counts=True)
             entries.append(unique_keys)
             counts.append(n_occurrences)
+            if order in WORD_ORDERS:
+                continue
             # Step 2: find the positions whose context occurs more than once.
             _, context_of, context_size = (keys >> TOKEN_BITS).unique_consecutive(
                 return_inverse=True, return_counts=True
@@ -155,7 +160,7 @@ class NgramTable(nn.Module):
             leave_one_out: subtract the counts of windows that are part of the counted text.
         """
         # Step 1: find the range of each context's entries.
-        hashes, valid = stack_hashes(ids, self.orders, preceding_ids)
+        hashes, valid = ContextHasher(ids, preceding_ids).hashes(self.orders)
         begin = torch.searchsorted(self.entries, entry_key(hashes, 0))
         end = torch.searchsorted(self.entries, entry_key(hashes, 2**TOKEN_BITS - 1), right=True)
         end = torch.where(valid, end, begin)
@@ -187,9 +192,10 @@ class NgramTable(nn.Module):
         n_continuations = n_continuations - counted * same_context.total(only_here.long())
         n_continuations = n_continuations.clamp_(min=0)
         continuation_count = continuation_count - held * same_entry.size()
-        # A context of which one occurrence is left has no longer ones either.
-        shorter_is_frequent = F.pad(context_count[..., :-1], (1, 0), value=2) > 1
-        context_count = torch.where(shorter_is_frequent, context_count, 0)
+        # An n-gram of which one occurrence is left has no longer ones either.
+        is_frequent = context_count[..., self.n_words : -1] > 1
+        is_frequent = F.pad(is_frequent, (self.n_words + 1, 0), value=True)
+        context_count = torch.where(is_frequent, context_count, 0)
         own_index, own_tokens, own_counts = pair_continuations(
             same_context, same_entry, next_tokens, context_count > 0, held > 0
         )
@@ -215,8 +221,9 @@ class NgramTable(nn.Module):
         """
         position = torch.arange(ids.shape[1], device=ids.device)
         since_bos = position - torch.where(ids == BOS, position, -1).cummax(1).values
-        is_inside = since_bos[..., None] >= torch.tensor(self.orders, device=ids.device)
-        evidence = unseen & is_inside & (next_tokens != EOS)[..., None]
+        orders = torch.tensor(self.orders[self.n_words :], device=ids.device)
+        is_inside = since_bos[..., None] >= orders
+        evidence = unseen[..., self.n_words :] & is_inside & (next_tokens != EOS)[..., None]
         return ~evidence.any(2, keepdim=True).any(1, True)
 
 
@@ -233,7 +240,7 @@ def recent_counts(
     n_preceding = preceding_ids.shape[1]
     ids = torch.cat((preceding_ids, ids), dim=1)
     next_tokens = torch.cat((following_tokens(ids)[:, :n_preceding], next_tokens), dim=1)
-    hashes, valid = stack_hashes(ids, orders)
+    hashes, valid = ContextHasher(ids).hashes(orders)
     same_context = GroupedPositions(entry_key(hashes, 0))
     same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
     is_first = (same_entry.rank() == 0).long()

@@ -206,8 +206,5 @@ def reinitialize_blocks(model: HRMModel) -> None:
         fresh = type(block)(model.config).state_dict()
         own = {name: weight for name, weight in fresh.items() if "cross" not in name}
         block.load_state_dict(own, strict=False)
-    # These statistics are of the old blocks.
     if model.planner.codebook is not None:
-        model.planner.codebook.pooled_queue.zero_()
-    if model.executor.ngrams is not None:
-        model.executor.ngrams.gate_means.sums.zero_()
+        model.planner.codebook.pooled_queue.zero_()  # it is of the old blocks

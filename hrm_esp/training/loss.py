@@ -1,11 +1,12 @@
 """The training loss: a function of a model and a batch.
 
-    total = mean over targets of (-log p_mixture - log p_network)
+    total = mean over targets of (-log p_mixture - log p_network - log p_counts)
             + BOW_WEIGHT * mean over rows of text of the bag-of-words loss of the plan
             + codebook_penalty * the loss that balances the codes
 
 The network is trained within the mixture with n-gram counts and also alone: otherwise it would
-learn only what the counts leave to it. In a model without counts both terms are equal.
+learn only what the counts leave to it. The gates of the counts learn from p_counts only. In a
+model without counts there is no such term, and p_mixture is p_network.
 
 Shapes: B rows, Q rows of the codebook's queue, K codes.
 """
@@ -49,7 +50,7 @@ class BatchSizes(NamedTuple):
 
 class Loss(NamedTuple):
     """The scalar to minimize, and the ``terms`` it was made from. After the optimizer's step, pass
-    ``terms.stats`` to `HRMModel.update_running_stats`."""
+    ``terms.pooled`` to `HRMModel.update_code_queue`."""
 
     total: Tensor
     terms: LossTerms
@@ -70,7 +71,7 @@ def loss(
     """
     sizes = sizes or BatchSizes.of([batch])
     terms = model.nll(*batch, leave_one_out=True)
-    total = (terms.mixture + terms.network).sum() / sizes.n_targets
+    total = (terms.mixture + terms.network + terms.counts).sum() / sizes.n_targets
     if batch.cross_attends is None:
         plan_bow = (terms.plan_bow * batch.has_targets).sum()
         total = total + BOW_WEIGHT * plan_bow / max(1, sizes.n_text_rows)

@@ -222,7 +222,7 @@ class Trainer:
         # Step 1: gradients, accumulated over micro-batches and averaged over processes.
         sizes = BatchSizes(*all_reduce_sum(*BatchSizes.of(batches)))
         nll, n_logged, counts = 0.0, 0, None
-        stats = []
+        pooled = []
         for i, batch in enumerate(batches):
             n_targets = batch.n_targets
             batch = batch.to(self.device)
@@ -234,15 +234,15 @@ class Trainer:
                 self.scaler.scale(total * world_size()).backward()
                 if self.stage == "finetune" or batch.cross_attends is None:
                     nll, n_logged = nll + terms.mixture.sum().item(), n_logged + n_targets
-            stats.append(terms.stats)
+            pooled.append(terms.pooled)
             if terms.code_logits is not None:
                 chosen = code_counts(terms.code_logits)
                 counts = chosen if counts is None else counts + chosen
         nll, logged = all_reduce_sum(nll, n_logged)
         self.last_nll = nll if logged else self.last_nll
-        # Step 2: weights and running statistics.
+        # Step 2: weights and the codebook's queue.
         grad_norm = self.optimizer_step()
-        self.model.update_running_stats(stats)
+        self.model.update_code_queue(pooled)
         return StepStats(int(sizes.n_targets), nll, int(logged), grad_norm, lr, counts)
 
     def optimizer_step(self) -> float:

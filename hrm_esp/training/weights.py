@@ -18,7 +18,6 @@ from ..options import describe
 
 TABLE = "executor.ngrams.table"
 COUNTS = (f"{TABLE}.entries", f"{TABLE}.cumulative")  # tensors whose size depends on the text
-GATE_SUMS = "executor.ngrams.gate_means.sums"
 MIN_NUMEL = 4096  # of a tensor in bfloat16: what is smaller takes no space
 
 
@@ -59,8 +58,6 @@ def expand_weights(
         if name not in stored:
             raise HRMError(f"its weights lack {name}")
         check_tensor(name, stored[name], like, may_be_bf16=not is_state)
-    if config.counts_ngrams and stored[GATE_SUMS][..., -1].min() < 0:
-        raise HRMError(f"{GATE_SUMS} has negative counts")
     weights = map_shared(lambda t: t.float() if t.dtype is torch.bfloat16 else t, stored)
     if config.counts_ngrams and not is_state:
         weights |= zip(COUNTS, expand_counts(counts), strict=True)

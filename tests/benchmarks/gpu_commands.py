@@ -230,8 +230,8 @@ def tests(check: Check) -> None:
     print("\n".join(lines[-25:]) or output[-800:])
     check.verdict(
         process.returncode == 0,
-        "tests that train and generate (on a GPU those that compare bits may fail: the sums of the "
-        "gate means are not deterministic there)",
+        "tests that train and generate (on a GPU those that compare bits may fail: sums have no "
+        "fixed order there)",
     )
 
 

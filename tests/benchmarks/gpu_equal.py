@@ -74,7 +74,7 @@ def compare_training(check: Check, name: str, batch: Batch, cpu: HRMModel, gpu: 
         model.zero_grad()
         total, terms = loss(model, batch.to(model.device), sizes=SUM)
         total.backward()
-        model.update_running_stats([terms.stats])
+        model.update_code_queue([terms.pooled])
         results.append((terms, gradients(model)))
     (cpu_terms, cpu_grads), (gpu_terms, gpu_grads) = results
     error = max(

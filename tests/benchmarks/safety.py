@@ -98,7 +98,7 @@ def minimal_loop(trainer: Trainer) -> Iterator[None]:
         for optimizer in trainer.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        model.update_running_stats([terms.stats])
+        model.update_code_queue([terms.pooled])
         yield
 
 
