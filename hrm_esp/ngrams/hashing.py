@@ -59,7 +59,7 @@ class ContextHasher:
         the last BOS."""
         parts = []
         if words := [n - WORD for n in orders if n in WORD_ORDERS]:
-            parts.append(tuple(values[..., words] for values in self.words))
+            parts.append(tuple(values[..., words[0] : words[-1] + 1] for values in self.words))
         if ngrams := [n for n in orders if n not in WORD_ORDERS]:
             parts.append(self.ngrams(ngrams))
         hashes, is_valid = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
