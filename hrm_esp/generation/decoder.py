@@ -18,8 +18,7 @@ from torch import Tensor
 from ..device import adapt_threads, autocast, limit_threads
 from ..model import EncoderOutput, Executor, ExecutorCache, HRMModel
 from ..model.embeddings import character_positions
-from ..ngrams import ContextMatch, Continuations, NgramContext
-from ..ngrams.mixture import count_gate_logits, count_probs
+from ..ngrams import ContextMatch, Continuations, NgramContext, draft_probs
 from ..tokenizer import starts_character
 from .windows import window_start
 
@@ -166,10 +165,7 @@ class Decoder:
         row = self.rows[0]
         if row.context is None:
             return {}
-        found = self.index.gather_continuations(row.matches[-1:])
-        (probs,) = count_probs(found, count_gate_logits(found, self.gate_weights))
-        tokens = probs.nonzero()[0]
-        return dict(zip(tokens.tolist(), probs[tokens].tolist(), strict=True))
+        return draft_probs(self.index, row.matches[-1], self.gate_weights)
 
     @torch.inference_mode()
     def select(self, indices: Sequence[int]) -> None:

@@ -7,7 +7,8 @@ vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import sub
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,12 +28,14 @@ class ContextMatch(NamedTuple):
     """The contexts at one position.
 
     ``last_token``: that the contexts end with.
+    ``counts``: how often each context occurred, and by how many tokens it was continued, (2, N).
     ``ranges``: begin and end of the table's entries of each valid context, (n, 2), by rising order.
     ``recent``: for contexts found in the text just read, by index among the N orders, how often
     each token continued it.
     """
 
     last_token: int
+    counts: NDArray[np.float32]
     ranges: NDArray[np.int64]
     recent: dict[int, dict[int, int]]
 
@@ -53,6 +56,11 @@ class Continuations(NamedTuple):
     context_index: Array
     token_index: Array
     frequency: Array
+
+
+# What continued one context: its index among the N orders, the tokens, and how often each of them
+# occurred. A plain tuple: a draft makes thousands a second.
+OrderCounts = tuple[int, Iterable[int], Iterable[int]]
 
 
 def sort_orders(orders: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -80,6 +88,9 @@ class NgramIndex:
         self.table_index = np.array(order_index[:n_table])
         self.recent_index = order_index[n_table:]
         self.n_orders = len(order_index)
+        self.longest_first = sorted(
+            ((index, source) for source, index in enumerate(order_index)), reverse=True
+        )
         # The index of each order's hash in a RollingHash, and how many orders are valid after some
         # tokens.
         self.max_order = max(n for n in orders if n not in WORD_ORDERS)
@@ -105,48 +116,69 @@ class NgramIndex:
         keys = entry_key(hashes[:, None], self.key_bounds)
         return self.entries.searchsorted(keys)  # no entry has the token MAX_TOKEN
 
+    def match(self, state: RollingHash, recent: dict[int, dict[int, int]]) -> ContextMatch:
+        """Looks up the contexts at the end of a sequence. ``recent`` as in `ContextMatch`."""
+        ranges = self.table_ranges(state)
+        begin, end = ranges.T
+        counts = np.zeros((2, self.n_orders), np.float32)
+        counts[0, self.table_index[: len(ranges)]] = self.cumulative[end] - self.cumulative[begin]
+        counts[1, self.table_index[: len(ranges)]] = end - begin
+        for order_index, next_counts in recent.items():
+            counts[:, order_index] = sum(next_counts.values()), len(next_counts)
+        return ContextMatch(state.last_token(), counts, ranges, recent)
+
     def gather_continuations(self, matches: Sequence[ContextMatch]) -> Continuations:
         """Gathers all continuations of the contexts at P positions."""
         n_orders = self.n_orders
-        # Step 1: count and number of continuations of the contexts in the table.
+        stats = np.zeros((2, len(matches), n_orders), np.float32)  # there may be no position
+        for i, match in enumerate(matches):
+            stats[:, i] = match.counts
+        # Step 1: the table's entries of all these contexts, one after another.
         n_found = [len(match.ranges) for match in matches]
-        none = np.empty((0, 2), np.int64)  # there may be no position
+        none = np.empty((0, 2), np.int64)
         begin, end = np.concatenate([none, *(match.ranges for match in matches)]).T
         context = np.concatenate([self.table_index[:n] for n in (0, *n_found)])
         context += np.arange(0, len(matches) * n_orders, n_orders).repeat(n_found)
         size = end - begin
-        stats = np.zeros((2, len(matches) * n_orders), np.float32)
-        stats[0, context] = context_count = self.cumulative[end] - self.cumulative[begin]
-        stats[1, context] = size
-        # Step 2: all entries of all these contexts, one after another.
         last = size.cumsum()
         index = np.arange(last[-1] if len(last) else 0) + (end - last).repeat(size)
         context = context.repeat(size)
-        token = (self.entries[index] & MAX_TOKEN) + context // n_orders * VOCAB_SIZE
+        token = self.entries[index] & MAX_TOKEN
         counts = self.cumulative[index + 1] - self.cumulative[index]
-        frequency = counts / context_count.repeat(size)
-        # Step 3: the contexts in the text just read.
-        recent: list[tuple[int, int, float]] = []
-        for i, match in enumerate(matches):
-            for order_index, next_counts in match.recent.items():
-                at, total = i * n_orders + order_index, sum(next_counts.values())
-                stats[:, at] = total, len(next_counts)
-                recent += [(at, i * VOCAB_SIZE + t, n / total) for t, n in next_counts.items()]
+        # Step 2: the contexts in the text just read.
+        recent = [
+            (i * n_orders + order_index, *pair)
+            for i, match in enumerate(matches)
+            for order_index, next_counts in match.recent.items()
+            for pair in next_counts.items()
+        ]
         if recent:
             more = zip(*recent, strict=True)
-            context, token, frequency = (
-                np.concatenate(p) for p in zip((context, token, frequency), more, strict=True)
+            context, token, counts = (
+                np.concatenate(p) for p in zip((context, token, counts), more, strict=True)
             )
-        context_counts, n_continuations = stats.reshape(2, len(matches), n_orders)
-        last_tokens = np.array([match.last_token for match in matches], np.int64)
         return Continuations(
-            last_tokens,
-            context_counts,
-            n_continuations,
+            np.array([match.last_token for match in matches], np.int64),
+            stats[0],
+            stats[1],
             context,
-            token,
-            frequency.astype(np.float32),
+            token + context // n_orders * VOCAB_SIZE,
+            (counts / stats[0].ravel()[context]).astype(np.float32),
         )
+
+    def longest_contexts(self, match: ContextMatch) -> Iterator[OrderCounts]:
+        """Yields the counts of the contexts at one position, the longest context first."""
+        ranges = match.ranges.tolist()
+        for order_index, source in self.longest_first:
+            if order_index in match.recent:
+                next_counts = match.recent[order_index]
+                yield order_index, next_counts, next_counts.values()
+            elif source < len(ranges) and ranges[source][0] < ranges[source][1]:
+                begin, end = ranges[source]
+                # For a few entries a memoryview is faster than an array.
+                tokens = [entry & MAX_TOKEN for entry in self.entries.data[begin:end]]
+                total = self.cumulative.data[begin : end + 1].tolist()
+                yield order_index, tokens, map(sub, total[1:], total)
 
 
 class NgramContext:
@@ -210,9 +242,4 @@ class NgramContext:
             for order_index, key in zip(self.index.recent_index, keys)  # noqa: B905
             if (counts := self.next_counts.get(key))
         }
-        return ContextMatch(self.last_token(), self.index.table_ranges(self.states[-1]), recent)
-
-    def last_token(self) -> int:
-        """Returns the last token of the sequence, 0 if it is empty."""
-        one = self.states[-1].hashes[hash_index(1)]  # the hash of a token is the token and 1
-        return max(0, int(one) - 1)
+        return self.index.match(self.states[-1], recent)

@@ -157,6 +157,10 @@ class RollingHash(NamedTuple):
         length = 1 if token == BOS else self.length + 1
         return RollingHash(hashes, length, word, previous, in_word)
 
+    def last_token(self) -> int:
+        """Returns the last token, 0 if there is none."""
+        return max(0, int(self.hashes[hash_index(1)]) - 1)  # the hash of a token is one more
+
 
 def hash_index(order: int) -> int:
     """Returns the index of an order among the hashes of a `RollingHash`."""

@@ -49,12 +49,20 @@ from torch import Tensor, nn
 from ..config import RECENT_ORDERS, HRMConfig
 from ..data.stream import ByteStream
 from ..tokenizer import PAD, VOCAB_SIZE
-from .context import Array, Continuations, NgramContext, NgramIndex, sort_orders
+from .context import (
+    Array,
+    ContextMatch,
+    Continuations,
+    NgramContext,
+    NgramIndex,
+    sort_orders,
+)
 from .hashing import WORD_ORDERS
 from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_counts
 
 MAX_NGRAM_MASS = 1 - 2**-12  # M above
 GATE_DIM = 32  # H above
+DRAFT_TAIL_MASS = 0.2  # probability mass below which a draft ignores shorter contexts
 EPS = np.float32(1e-37)  # so that no logarithm is of zero
 MIN_PROB = np.float32(1e-6)  # the network sees no probability below: rounding leaves some
 
@@ -68,12 +76,19 @@ class GateWeights(NamedTuple):
     bias: Array
 
 
-def count_gate_logits(found: Continuations, weights: GateWeights) -> Array:
-    """Computes z of each context, the logits of the gates of the counts alone: (P, N)."""
-    xp = array_module(found.context_count)
-    log_counts = xp.log(found.context_count + 1), xp.log(found.n_continuations + 1)
+def count_gate_logits(
+    last_tokens: Array, context_count: Array, n_continuations: Array, weights: GateWeights
+) -> Array:
+    """Computes z of each context, the logits of the gates of the counts alone: (P, N).
+
+    Args:
+        last_tokens: t, (P,).
+        context_count, n_continuations: C and D, (P, N).
+    """
+    xp = array_module(context_count)
+    log_counts = xp.log(context_count + 1), xp.log(n_continuations + 1)
     hidden = xp.concatenate(log_counts, -1) @ weights.hidden.T
-    hidden = (hidden + weights.token_emb[found.last_tokens]).clip(min=0)
+    hidden = (hidden + weights.token_emb[last_tokens]).clip(min=0)
     return log_counts[0] - log_counts[1] + hidden @ weights.out.T + weights.bias
 
 
@@ -102,11 +117,11 @@ def interpolation_weights(context_count: Array, gate_logits: Array) -> tuple[Arr
     """
     xp = array_module(context_count)
     gates = sigmoid(gate_logits) * (context_count > 0)
-    # remaining[n] = (1 - g_n) (1 - g_{n+1}) ... (1 - g_N)
-    remaining = xp.flip(xp.cumprod(xp.flip(1 - gates, (-1,)), -1), (-1,))
-    after = xp.concatenate((remaining[:, 1:], xp.ones_like(remaining[:, :1])), -1)
-    order_weights = MAX_NGRAM_MASS * gates * after
-    return 1 - MAX_NGRAM_MASS + MAX_NGRAM_MASS * remaining[:, 0], order_weights
+    # remaining[n] = (1 - g_N) (1 - g_{N-1}) ... of the n longest contexts
+    closed = xp.concatenate((xp.ones_like(gates[:, :1]), flip(1 - gates)), -1)
+    remaining = xp.cumprod(closed, -1)
+    order_weights = MAX_NGRAM_MASS * gates * flip(remaining[:, :-1])
+    return 1 - MAX_NGRAM_MASS + MAX_NGRAM_MASS * remaining[:, -1], order_weights
 
 
 def sum_continuations(order_weights: Array, found: Continuations) -> Array:
@@ -138,6 +153,25 @@ def count_features(found: Continuations, gate_logits: Array) -> Array:
     probs = xp.sqrt((count_probs(found, gate_logits) - MIN_PROB).clip(min=0))
     counts = xp.concatenate((found.context_count, found.n_continuations), -1)
     return xp.concatenate((probs, xp.log(counts + 1) / 2), -1)
+
+
+def draft_probs(index: NgramIndex, match: ContextMatch, weights: GateWeights) -> dict[int, float]:
+    """Computes `count_probs` at one position, from the longest context to the shortest, until the
+    contexts so far have all but DRAFT_TAIL_MASS of the probability. Returns probabilities of
+    tokens, whose sum is at most one."""
+    context_count, n_continuations = match.counts[:1], match.counts[1:]
+    gate_logits = count_gate_logits([match.last_token], context_count, n_continuations, weights)
+    _, order_weights = interpolation_weights(context_count, gate_logits)
+    scales = (order_weights / np.maximum(context_count, 1))[0].tolist()
+    left = order_weights.sum() - DRAFT_TAIL_MASS
+    probs: dict[int, float] = {}
+    for order, tokens, counts in index.longest_contexts(match):
+        for token, count in zip(tokens, counts):  # noqa: B905
+            probs[token] = probs.get(token, 0) + scales[order] * count
+        left -= order_weights[0, order]
+        if left < 0:
+            break
+    return probs
 
 
 def mixture_log_probs(network_log_probs: Array, gate_logits: Array, found: Continuations) -> Array:
@@ -272,7 +306,7 @@ class NgramMixture(nn.Module):
 
     def count_gate_logits(self, found: Continuations) -> Tensor:
         """Computes z of each context, for training: (P, N)."""
-        logits: Tensor = count_gate_logits(found, self.count_gates.weights())
+        logits: Tensor = count_gate_logits(*found[:3], self.count_gates.weights())
         return logits
 
     def gate_logits(self, found: Continuations, states: Tensor) -> Tensor:
@@ -312,7 +346,8 @@ class NgramMixture(nn.Module):
         if gate_logits is not None:
             tensor: Tensor = count_features(found, gate_logits)
             return tensor
-        array = count_features(found, count_gate_logits(found, self.count_gates.arrays()))
+        weights = self.count_gates.arrays()
+        array = count_features(found, count_gate_logits(*found[:3], weights))
         return torch.from_numpy(array).to(self.gate_proj.weight.device)
 
     def log_probs(self, logits: Tensor, states: Tensor, found: Continuations) -> Tensor:
@@ -359,6 +394,10 @@ class NgramMixture(nn.Module):
 def array_module(x: Array) -> Any:
     """Returns torch or NumPy, which name the functions used here alike."""
     return np if isinstance(x, np.ndarray) else torch
+
+
+def flip(x: Array) -> Array:
+    return x[..., ::-1] if isinstance(x, np.ndarray) else x.flip(-1)
 
 
 def sigmoid(x: Array) -> Array:
