@@ -18,9 +18,12 @@ from torch import Tensor
 from ..device import adapt_threads, autocast, limit_threads
 from ..model import EncoderOutput, Executor, ExecutorCache, HRMModel
 from ..model.embeddings import character_positions
-from ..ngrams import ContextMatch, Continuations, NgramContext, draft_probs
+from ..ngrams import ContextMatch, Continuations, NgramContext
+from ..ngrams.mixture import count_gate_logits, count_probs
 from ..tokenizer import starts_character
 from .windows import window_start
+
+MIN_DRAFT_PROB = 2**-8  # a draft samples no token that is less likely
 
 Array = NDArray[np.float32]
 
@@ -165,7 +168,10 @@ class Decoder:
         row = self.rows[0]
         if row.context is None:
             return {}
-        return draft_probs(self.index, row.matches[-1], self.gate_weights)
+        found = self.index.gather_continuations(row.matches[-1:])
+        (probs,) = count_probs(found, count_gate_logits(*found[:3], self.gate_weights))
+        (tokens,) = (probs > MIN_DRAFT_PROB).nonzero()
+        return dict(zip(tokens.tolist(), probs[tokens].tolist(), strict=True))
 
     @torch.inference_mode()
     def select(self, indices: Sequence[int]) -> None:
@@ -218,7 +224,7 @@ class Decoder:
         """Returns what the Executor reads of the n-gram counts, (n_rows, T, V + 2 N)."""
         if self.ngrams is None or found is None:
             return None
-        features = self.ngrams.features(found)
+        features = self.ngrams.features(found, self.gate_weights)
         return features.view(n_rows, len(features) // n_rows, features.shape[1])
 
     def _select_encoded(self, index: Tensor) -> EncoderOutput | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import HRMConfig
 from ..ngrams import NgramMixture
+from ..ngrams.mixture import count_features
 from ..tokenizer import PAD, PLAN, VOCAB_SIZE
 from .embeddings import PositionEncoding, TokenEmbedding, character_positions
 from .kv_cache import ExecutorCache
@@ -111,8 +112,8 @@ class Executor(nn.Module):
             found, continuation_count = self.ngrams.lookup(
                 y_in, y_out, preceding_ids, leave_one_out
             )
-            count_gates = self.ngrams.count_gate_logits(found)
-            features = self.ngrams.features(found, count_gates).view(*y_in.shape, -1)
+            count_logits = self.ngrams.count_gate_logits(found)
+            features = count_features(found, count_logits.detach()).view(*y_in.shape, -1)
         # Step 2: the network alone. The first position is [PLAN], which has no target.
         states = self.hidden_states(y_in, plan, encoded, features, keep_plan=True)
         logits = self.lm_head(states).float()
@@ -125,12 +126,12 @@ class Executor(nn.Module):
             nll = network.sum(1)
             return TargetLoss(nll, nll, torch.zeros_like(nll), plan_log_probs)
         # Step 3: the mixture of both.
-        mixed_gates = self.ngrams.gate_logits(found, states[:, 1:])
+        mixed_logits = self.ngrams.gate_logits(found, states[:, 1:])
         mixture, counts = (
             self.ngrams.target_probs(base_probs, gate_logits, found, continuation_count)
             for base_probs, gate_logits in (
-                ((-network).exp().flatten(), mixed_gates),
-                (1 / VOCAB_SIZE, count_gates),
+                ((-network).exp().flatten(), mixed_logits),
+                (1 / VOCAB_SIZE, count_logits),
             )
         )
         mixture, counts = (

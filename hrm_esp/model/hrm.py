@@ -111,7 +111,7 @@ class HRMModel(nn.Module):
     def update_code_queue(self, batches: Sequence[Tensor | None]) -> None:
         """Adds the pooled states (B, D) of the batches of an optimizer step to the codebook's
         queue, if there is a codebook."""
-        if self.planner.codebook is not None:
+        if self.planner.codebook is not None and batches:
             self.planner.codebook.update_queue([pooled for pooled in batches if pooled is not None])
 
     @property

@@ -5,5 +5,4 @@ from .context import Continuations as Continuations
 from .context import NgramContext as NgramContext
 from .context import NgramIndex as NgramIndex
 from .mixture import NgramMixture as NgramMixture
-from .mixture import draft_probs as draft_probs
 from .table import NgramTable as NgramTable

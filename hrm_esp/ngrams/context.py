@@ -7,8 +7,7 @@ vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from operator import sub
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,11 +57,6 @@ class Continuations(NamedTuple):
     frequency: Array
 
 
-# What continued one context: its index among the N orders, the tokens, and how often each of them
-# occurred. A plain tuple: a draft makes thousands a second.
-OrderCounts = tuple[int, Iterable[int], Iterable[int]]
-
-
 def sort_orders(orders: Sequence[int]) -> tuple[list[int], list[int]]:
     """Returns the permutation that sorts the orders, and its inverse. Of equal orders, that of the
     table comes first: the text just read has the last word."""
@@ -88,9 +82,6 @@ class NgramIndex:
         self.table_index = np.array(order_index[:n_table])
         self.recent_index = order_index[n_table:]
         self.n_orders = len(order_index)
-        self.longest_first = sorted(
-            ((index, source) for source, index in enumerate(order_index)), reverse=True
-        )
         # The index of each order's hash in a RollingHash, and how many orders are valid after some
         # tokens.
         self.max_order = max(n for n in orders if n not in WORD_ORDERS)
@@ -166,20 +157,6 @@ class NgramIndex:
             (counts / stats[0].ravel()[context]).astype(np.float32),
         )
 
-    def longest_contexts(self, match: ContextMatch) -> Iterator[OrderCounts]:
-        """Yields the counts of the contexts at one position, the longest context first."""
-        ranges = match.ranges.tolist()
-        for order_index, source in self.longest_first:
-            if order_index in match.recent:
-                next_counts = match.recent[order_index]
-                yield order_index, next_counts, next_counts.values()
-            elif source < len(ranges) and ranges[source][0] < ranges[source][1]:
-                begin, end = ranges[source]
-                # For a few entries a memoryview is faster than an array.
-                tokens = [entry & MAX_TOKEN for entry in self.entries.data[begin:end]]
-                total = self.cumulative.data[begin : end + 1].tolist()
-                yield order_index, tokens, map(sub, total[1:], total)
-
 
 class NgramContext:
     """The n-gram contexts at the end of one sequence.
@@ -196,7 +173,7 @@ class NgramContext:
         for keys, token in zip(self.recent_keys, tokens[1:]):  # noqa: B905
             self._count(keys, token)
         self.states = [RollingHash.of(tokens, index.max_order)]  # now, and after each `append`
-        self.last_tokens: list[int] = []  # that `append` added
+        self.added: list[int] = []  # tokens, by `append`
 
     def _initial_keys(self, tokens: Sequence[int]) -> list[list[int]]:
         if not tokens:
@@ -220,12 +197,12 @@ class NgramContext:
         state = self.states[-1].append(token)
         self.states.append(state)
         self.recent_keys.append(self.index.recent_keys(state))
-        self.last_tokens.append(token)
+        self.added.append(token)
 
     def rollback(self, n: int) -> None:
         """Removes the last n tokens, which `append` added."""
         for _ in range(n):
-            target = inputs_to_targets(self.last_tokens.pop())
+            target = inputs_to_targets(self.added.pop())
             self.recent_keys.pop()
             self.states.pop()
             for key in self.recent_keys[-1] if self.recent_keys else ():

@@ -43,7 +43,7 @@ class ContextHasher:
             for factor in (HASH_FACTOR, pow(HASH_FACTOR, -1, 2**64))
         )
         self.powers[:1] = self.inverse_powers[:1] = 1
-        # Where the document begins, at each position; behind it at a PAD.
+        # Where the document begins, at each position; at a PAD, the position after it.
         begin = torch.where(self.ids == PAD, self.position + 1, 0)
         begin = torch.where(self.ids == BOS, self.position, begin)
         self.document_begin = begin.cummax(1).values
@@ -55,8 +55,7 @@ class ContextHasher:
 
     def hashes(self, orders: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns the hashes of the contexts of some orders, those of words first, (B, T, N) int64,
-        and which contexts are valid, (B, T, N) bool. An invalid hash covers only the tokens back to
-        the last BOS."""
+        and which contexts are valid, (B, T, N) bool."""
         parts = []
         if words := [n - WORD for n in orders if n in WORD_ORDERS]:
             parts.append(tuple(values[..., words[0] : words[-1] + 1] for values in self.words))
@@ -90,7 +89,8 @@ class ContextHasher:
         previous = word.gather(1, end.clamp(min=0)) * (end >= self.document_begin)
         hashes = torch.stack(hash_words(word, previous), dim=-1)
         is_valid = (self.ids != PAD)[..., None].expand_as(hashes)
-        return hashes[:, -self.n_positions :], is_valid[:, -self.n_positions :]
+        begin = len(self.position) - self.n_positions
+        return hashes[:, begin:], is_valid[:, begin:]
 
 
 def hash_words(word: Any, previous: Any) -> tuple[Any, Any]:

@@ -49,22 +49,14 @@ from torch import Tensor, nn
 from ..config import RECENT_ORDERS, HRMConfig
 from ..data.stream import ByteStream
 from ..tokenizer import PAD, VOCAB_SIZE
-from .context import (
-    Array,
-    ContextMatch,
-    Continuations,
-    NgramContext,
-    NgramIndex,
-    sort_orders,
-)
+from .context import Array, Continuations, NgramContext, NgramIndex, sort_orders
 from .hashing import WORD_ORDERS
 from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_counts
 
 MAX_NGRAM_MASS = 1 - 2**-12  # M above
 GATE_DIM = 32  # H above
-DRAFT_TAIL_MASS = 0.2  # probability mass below which a draft ignores shorter contexts
 EPS = np.float32(1e-37)  # so that no logarithm is of zero
-MIN_PROB = np.float32(1e-6)  # the network sees no probability below: rounding leaves some
+MIN_PROB = np.float32(1e-6)  # below it may be what rounding leaves of a count that was subtracted
 
 
 class GateWeights(NamedTuple):
@@ -141,10 +133,8 @@ def count_probs(found: Continuations, gate_logits: Array) -> Array:
 
 
 def count_features(found: Continuations, gate_logits: Array) -> Array:
-    """Computes what the network reads of the counts: (P, V + 2 N), see `n_features`.
-
-    The square roots of what they predict, so that small probabilities differ, and the logarithms of
-    C and D.
+    """Computes what the network reads of the counts: the square roots of what they predict, so that
+    small probabilities differ, and the logarithms of C and D, (P, V + 2 N).
 
     Args:
         gate_logits: z of each context, (P, N).
@@ -153,25 +143,6 @@ def count_features(found: Continuations, gate_logits: Array) -> Array:
     probs = xp.sqrt((count_probs(found, gate_logits) - MIN_PROB).clip(min=0))
     counts = xp.concatenate((found.context_count, found.n_continuations), -1)
     return xp.concatenate((probs, xp.log(counts + 1) / 2), -1)
-
-
-def draft_probs(index: NgramIndex, match: ContextMatch, weights: GateWeights) -> dict[int, float]:
-    """Computes `count_probs` at one position, from the longest context to the shortest, until the
-    contexts so far have all but DRAFT_TAIL_MASS of the probability. Returns probabilities of
-    tokens, whose sum is at most one."""
-    context_count, n_continuations = match.counts[:1], match.counts[1:]
-    gate_logits = count_gate_logits([match.last_token], context_count, n_continuations, weights)
-    _, order_weights = interpolation_weights(context_count, gate_logits)
-    scales = (order_weights / np.maximum(context_count, 1))[0].tolist()
-    left = order_weights.sum() - DRAFT_TAIL_MASS
-    probs: dict[int, float] = {}
-    for order, tokens, counts in index.longest_contexts(match):
-        for token, count in zip(tokens, counts):  # noqa: B905
-            probs[token] = probs.get(token, 0) + scales[order] * count
-        left -= order_weights[0, order]
-        if left < 0:
-            break
-    return probs
 
 
 def mixture_log_probs(network_log_probs: Array, gate_logits: Array, found: Continuations) -> Array:
@@ -337,16 +308,13 @@ class NgramMixture(nn.Module):
         return base_probs * base_weight + (order_weights * frequency).sum(-1)
 
     @torch.no_grad()
-    def features(self, found: Continuations, gate_logits: Tensor | None = None) -> Tensor:
-        """Computes what the network reads of the counts: (P, V + 2 N).
+    def features(self, found: Continuations, weights: GateWeights | None = None) -> Tensor:
+        """Computes `count_features` outside of training: (P, V + 2 N), on the model's device.
 
         Args:
-            gate_logits: z, (P, N), in training.
+            weights: `CountGates.arrays`, if they are known.
         """
-        if gate_logits is not None:
-            tensor: Tensor = count_features(found, gate_logits)
-            return tensor
-        weights = self.count_gates.arrays()
+        weights = weights or self.count_gates.arrays()
         array = count_features(found, count_gate_logits(*found[:3], weights))
         return torch.from_numpy(array).to(self.gate_proj.weight.device)
 
