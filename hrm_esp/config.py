@@ -73,8 +73,8 @@ class HRMConfig:
     count_max: int = option(
         16,
         "model",
-        "longest context of the n-gram counts, in bytes (2 to 8, 10, 12, 16, 24 or 32); less than "
-        "4 disables them",
+        "longest n-gram that is counted, in bytes (2 to 8, 10, 12, 16, 24 or 32); less than 4 "
+        "disables the counts",
         flag=False,
         low=0,
         high=32,

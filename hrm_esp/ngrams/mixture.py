@@ -24,7 +24,7 @@ which the network reads and drafts are sampled from, is the same sum with p_0 = 
 that know only the counts and the last token, t:
 
     g_n = sigmoid(z_n)
-    z   = log(1 + C) - log(1 + D) + W_2 relu(W_1 [log(1 + C), log(1 + D)] + E_t) + b
+    z   = log(1 + C) - log(1 + D) + W_2 relu(W_1 [log(1 + C), log(1 + D)] + E_t) + v
 
 `CountGates` has their weights. They have a loss of their own, in which p_0 is uniform.
 
@@ -60,7 +60,7 @@ MIN_PROB = np.float32(1e-6)  # below it may be what rounding leaves of a count t
 
 
 class GateWeights(NamedTuple):
-    """The weights of z, tensors or NumPy arrays: E (V, H), W_1 (H, 2 N), W_2 (N, H) and b (N,)."""
+    """The weights of z, tensors or NumPy arrays: E (V, H), W_1 (H, 2 N), W_2 (N, H) and v (N,)."""
 
     token_emb: Array
     hidden: Array
