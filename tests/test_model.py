@@ -154,9 +154,12 @@ def test_cached_equals_uncached_in_pieces_of_any_size(kind: dict[str, object]) -
     y_in, chars = tokens(2, 24, seed=1), torch.arange(24).expand(2, 24)
     encoded = model.planner.encode(tokens(2, 9)) if model.config.cross_attention else None
     plan, _ = model.planner(tokens(2, 9))
-    probs = torch.rand(*y_in.shape, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    ngrams = model.executor.ngrams
+    features = None
+    if ngrams is not None:
+        features = torch.rand(*y_in.shape, ngrams.n_features)
     with torch.inference_mode():
-        whole = model.executor.hidden_states(y_in, plan, encoded, probs)
+        whole = model.executor.hidden_states(y_in, plan, encoded, features)
         prompt_len = 0 if encoded is None else 9
         cache = ExecutorCache(model.config.n_layers_dec, 33, prompt_len)
         states: list[torch.Tensor] = []
@@ -167,7 +170,7 @@ def test_cached_equals_uncached_in_pieces_of_any_size(kind: dict[str, object]) -
                     y_in[:, begin:end],
                     plan,
                     encoded,
-                    probs[:, begin:end],
+                    None if features is None else features[:, begin:end],
                     cache,
                     chars[:, begin:end],
                 )
