@@ -111,7 +111,7 @@ def test_a_run_that_diverges(folder: Path, run: Run, val: float) -> None:
     """It is an error, and leaves the files of an older run."""
     assert run(*SHORT).returncode == 0
     before = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
-    args = (*SHORT, "--lr", "100", "--overwrite", *set_flags(val_fraction=val))
+    args = (*SHORT, "--steps", "40", "--lr", "100", "--overwrite", *set_flags(val_fraction=val))
     out = run(*args)
     assert out.returncode == 2 and "Traceback" not in out.stderr
     (error,) = (line for line in out.stderr.splitlines() if line.startswith("hrm-esp: error:"))
