@@ -66,8 +66,9 @@ class ContextHasher:
 
     def ngrams(self, orders: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns the hashes of n-grams (B, T, N) int64, and which are valid, (B, T, N) bool."""
-        end = self.position[len(self.position) - self.n_positions :]
-        document_begin = self.document_begin[:, len(self.position) - self.n_positions :, None]
+        n_preceding = len(self.position) - self.n_positions
+        end = self.position[n_preceding:]
+        document_begin = self.document_begin[:, n_preceding:, None]
         first = end[:, None] + 1 - torch.tensor(orders, device=end.device)
         begin = torch.maximum(first, document_begin)
         sums = self.sums.gather(1, begin.flatten(1)).view_as(begin)
@@ -89,8 +90,8 @@ class ContextHasher:
         previous = word.gather(1, end.clamp(min=0)) * (end >= self.document_begin)
         hashes = torch.stack(hash_words(word, previous), dim=-1)
         is_valid = (self.ids != PAD)[..., None].expand_as(hashes)
-        begin = len(self.position) - self.n_positions
-        return hashes[:, begin:], is_valid[:, begin:]
+        n_preceding = len(self.position) - self.n_positions
+        return hashes[:, n_preceding:], is_valid[:, n_preceding:]
 
 
 def hash_words(word: Any, previous: Any) -> tuple[Any, Any]:
