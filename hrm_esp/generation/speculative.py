@@ -27,7 +27,7 @@ from .sampling import (
 
 MIN_ACCEPT_PROB = 0.3  # drafting stops if the whole draft is less likely to be accepted
 # The probability that a drafted token is accepted is about ACCEPT_BASE + ACCEPT_SLOPE times the sum
-# of the squares of the probabilities it is sampled with (a fit to drafts of Don Quijote).
+# of the squares of what the counts predict (a fit to drafts of Don Quijote).
 ACCEPT_BASE, ACCEPT_SLOPE = 0.87, 0.12
 
 

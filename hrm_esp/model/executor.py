@@ -123,21 +123,17 @@ class Executor(nn.Module):
             logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="none"
         ).view(targets.shape)[:, 1:]
         if self.ngrams is None:
-            nll = network.sum(1)
-            return TargetLoss(nll, nll, torch.zeros_like(nll), plan_log_probs)
+            alone = network.sum(1)
+            return TargetLoss(alone, alone, torch.zeros_like(alone), plan_log_probs)
         # Step 3: the mixture of both.
-        mixed_logits = self.ngrams.gate_logits(found, states[:, 1:])
-        mixture, counts = (
-            self.ngrams.target_probs(base_probs, gate_logits, found, continuation_count)
-            for base_probs, gate_logits in (
-                ((-network).exp().flatten(), mixed_logits),
-                (1 / VOCAB_SIZE, count_logits),
-            )
-        )
-        mixture, counts = (
-            -torch.where(y_out != PAD, probs.view(y_out.shape), 1.0).log().sum(1)
-            for probs in (mixture, counts)
-        )
+        ngrams = self.ngrams
+
+        def target_nll(base_probs: Tensor | float, gate_logits: Tensor) -> Tensor:
+            probs = ngrams.target_probs(base_probs, gate_logits, found, continuation_count)
+            return -torch.where(y_out != PAD, probs.view(y_out.shape), 1.0).log().sum(1)
+
+        mixture = target_nll((-network).exp().flatten(), ngrams.gate_logits(found, states[:, 1:]))
+        counts = target_nll(1 / VOCAB_SIZE, count_logits)
         return TargetLoss(mixture, network.sum(1), counts, plan_log_probs)
 
     def hidden_states(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -178,20 +179,20 @@ class NgramTable(nn.Module):
                 context_count, n_continuations, continuation_count, context_index, token, count
             )
         # Step 3: subtract what the window itself added, if it is part of the counted text. In the
-        # window each context occurs same_context.size() times, each entry same_entry.size() times;
+        # window each context occurs same_context.size times, each entry same_entry.size times;
         # an entry that occurs nowhere else is a continuation less. Where a row was cut out of a
         # line, its end is an entry that the table does not hold.
         same_context = GroupedPositions(entry_key(hashes, 0))
         same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
-        only_here = (same_entry.rank() == 0) & (continuation_count == same_entry.size())
+        only_here = (same_entry.rank == 0) & (continuation_count == same_entry.size)
         unseen = (context_count > 0) & (continuation_count == 0)
         counted = self._is_counted(ids, next_tokens, unseen).long()
-        held = counted * (continuation_count >= same_entry.size())
-        is_left = context_count > counted * same_context.size()
+        held = counted * (continuation_count >= same_entry.size)
+        is_left = context_count > counted * same_context.size
         context_count = torch.where(is_left, context_count - same_context.total(held), 0)
         n_continuations = n_continuations - counted * same_context.total(only_here.long())
         n_continuations = n_continuations.clamp_(min=0)
-        continuation_count = continuation_count - held * same_entry.size()
+        continuation_count = continuation_count - held * same_entry.size
         # An n-gram of which one occurrence is left has no longer ones either.
         is_frequent = context_count[..., self.n_words : -1] > 1
         is_frequent = F.pad(is_frequent, (self.n_words + 1, 0), value=True)
@@ -243,10 +244,10 @@ def recent_counts(
     hashes, valid = ContextHasher(ids).hashes(orders)
     same_context = GroupedPositions(entry_key(hashes, 0))
     same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
-    is_first = (same_entry.rank() == 0).long()
-    context_count = torch.where(valid, same_context.rank(), 0)
+    is_first = (same_entry.rank == 0).long()
+    context_count = torch.where(valid, same_context.rank, 0)
     n_continuations = same_context.total_before(is_first)
-    continuation_count = same_entry.rank()
+    continuation_count = same_entry.rank
     is_used = context_count > 0
     is_used[:, :n_preceding] = False
     context_index, tokens, counts = pair_continuations(
@@ -284,10 +285,12 @@ class GroupedPositions:
     def _cumulative(self, values: Tensor) -> Tensor:
         return F.pad(values.gather(1, self.sort_index).cumsum(1), (0, 0, 1, 0))
 
+    @cached_property
     def rank(self) -> Tensor:
         """Number of earlier positions with the same key, (B, T, N)."""
         return self.by_position(self.index - self.begin)
 
+    @cached_property
     def size(self) -> Tensor:
         """Number of positions with the same key, (B, T, N)."""
         return self.by_position(self.end - self.begin)
@@ -342,7 +345,7 @@ def pair_continuations(
     context_index = flat((rows * n + order) * n_orders + orders)
     begin, end = row_begin + flat(same_context.begin), row_begin + flat(same_context.end)
     # Step 2: pair the first position of each entry with the positions of the same context.
-    is_first = (same_entry.rank() == 0) & is_held
+    is_first = (same_entry.rank == 0) & is_held
     (entry,) = flat(is_first.gather(1, order)).nonzero(as_tuple=True)
     begin, end = begin[entry], end[entry]
     if first is not None:
@@ -356,7 +359,7 @@ def pair_continuations(
     tokens = next_tokens.flatten()[context_index[entry] // n_orders]
     # Step 3: count the entry, in the whole row or before the position.
     if first is None:
-        return context_index[other], tokens, flat(same_entry.size().gather(1, order))[entry]
+        return context_index[other], tokens, flat(same_entry.size.gather(1, order))[entry]
     group = row_begin + flat(same_entry.by_position(same_entry.begin).gather(1, order))
     sorted_group = row_begin + flat(same_entry.begin)
     earlier = torch.searchsorted(
