@@ -178,7 +178,7 @@ def test_a_target_is_right_if_it_would_be_generated(kind: dict[str, object]) -> 
         prompts = ["ñandú", "", *("".join(letters) * 4 for letters in product("abcd", repeat=2))]
         found = scored_as_generated(model, answerable_pairs(model, prompts))
         n_right, n_full = n_right + found[0], n_full + found[1]
-    assert n_right > 6 and n_full > 0
+    assert n_right > 10 and n_full > 0
 
 
 def test_a_trained_model_scores_as_it_answers(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_texts_are_samples_from_the_model(draft_len: int, monkeypatch: pytest.Mo
     often = [t for t in expected if t not in rare]
     found = [*(count[t] for t in often), sum(count[t] for t in rare)]
     p = [*(expected[t] for t in often), sum(expected[t] for t in rare)]
-    assert len(often) > 10 and sum(p) == pytest.approx(1)
+    assert len(often) > 12 and sum(p) == pytest.approx(1)
     assert chisquare(found, [n * x for x in p]).pvalue > 1e-4
     assert (max(passes) > 1) == (draft_len > 0)
 
@@ -244,7 +244,7 @@ def test_a_chosen_plan_steers_the_text(mode: str) -> None:
     code = int(logits.argmax())
     assert generate(model, "abc", plan_code=code, guidance=1.0, **options) == own
     texts = {generate(model, "abc", plan_code=k, **options) for k in range(8)}
-    assert len(texts) > 3
+    assert len(texts) > 4
     code = int(model.planner(torch.tensor([[BOS, *b"dddd", EOS]]))[1].argmax())
     steered = generate(model, "abc", plan_from="dddd", guidance=1.0, **options)
     assert steered == generate(model, "abc", plan_code=code, guidance=1.0, **options)
