@@ -169,7 +169,7 @@ class Decoder:
         if row.context is None:
             return {}
         found = self.index.gather_continuations(row.matches[-1:])
-        (probs,) = count_probs(found, count_gate_logits(*found[:3], self.gate_weights))
+        (probs,) = count_probs(found, count_gate_logits(found, self.gate_weights))
         (tokens,) = (probs > MIN_DRAFT_PROB).nonzero()
         return dict(zip(tokens.tolist(), probs[tokens].tolist(), strict=True))
 

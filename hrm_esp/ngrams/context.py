@@ -28,30 +28,31 @@ class ContextMatch(NamedTuple):
 
     ``last_token``: that the contexts end with.
     ``counts``: how often each context occurred, and by how many tokens it was continued, (2, N).
-    ``ranges``: begin and end of the table's entries of each valid context, (n, 2), by rising order.
-    ``recent``: for contexts found in the text just read, by index among the N orders, how often
-    each token continued it.
+    ``ranges``: begin and end of the entries of each context in the table, (2, number of the table's
+    orders); equal if there are none. ``recent``: contexts found in the text just read: the index
+    of each among the N orders, and how often each token continued it.
     """
 
     last_token: int
     counts: NDArray[np.float32]
     ranges: NDArray[np.int64]
-    recent: dict[int, dict[int, int]]
+    recent: list[tuple[int, dict[int, int]]]
 
 
 class Continuations(NamedTuple):
     """All continuations of the contexts at P positions, as NumPy arrays; in training, as tensors.
 
     ``last_tokens``: the token that the contexts end with, (P,).
-    ``context_count`` and ``n_continuations`` (P, N) as in `ContextCounts`. Then for each of M pairs
-    of a context and a token that continued it, (M,) each: ``context_index`` into the P * N
-    contexts, ``token_index`` into the P * V tokens, and the ``frequency`` of the token after the
-    context, relative to the context's count.
+    ``context_count``: how often each context occurred, (P, N). ``log_counts``: log(1 + C) of each
+    context, then log(1 + D), where C is its count and D by how many different tokens it was
+    continued, (P, 2 N). Then for each of M pairs of a context and a token that continued it, (M,)
+    each: ``context_index`` into the P * N contexts, ``token_index`` into the P * V tokens, and the
+    ``frequency`` of the token after the context, relative to the context's count.
     """
 
     last_tokens: Array
     context_count: Array
-    n_continuations: Array
+    log_counts: Array
     context_index: Array
     token_index: Array
     frequency: Array
@@ -92,7 +93,7 @@ class NgramIndex:
             [sum(min_length(n) <= k for n in some) for k in range(self.max_order + 1)]
             for some in (orders, recent_orders)
         )
-        self.key_bounds = np.array([0, MAX_TOKEN])
+        self.key_bounds = np.array([[0], [MAX_TOKEN]])
 
     def recent_keys(self, state: RollingHash) -> list[int]:
         """Returns the hashes of the valid contexts counted in the text just read."""
@@ -101,60 +102,57 @@ class NgramIndex:
         return hashes
 
     def table_ranges(self, state: RollingHash) -> NDArray[np.int64]:
-        """Returns begin and end of the table's entries of each valid context, (n, 2)."""
-        n = self.n_table_valid[min(state.length, self.max_order)]
-        hashes = state.hashes[self.table_hashes[:n]]
-        keys = entry_key(hashes[:, None], self.key_bounds)
-        return self.entries.searchsorted(keys)  # no entry has the token MAX_TOKEN
+        """Returns begin and end of the entries of each context, (2, number of the table's orders);
+        equal where the context is not valid."""
+        keys = entry_key(state.hashes[self.table_hashes], self.key_bounds)
+        ranges = self.entries.searchsorted(keys)  # no entry has the token MAX_TOKEN
+        ranges[:, self.n_table_valid[min(state.length, self.max_order)] :] = 0
+        return ranges
 
-    def match(self, state: RollingHash, recent: dict[int, dict[int, int]]) -> ContextMatch:
+    def match(self, state: RollingHash, recent: list[tuple[int, dict[int, int]]]) -> ContextMatch:
         """Looks up the contexts at the end of a sequence. ``recent`` as in `ContextMatch`."""
         ranges = self.table_ranges(state)
-        begin, end = ranges.T
         counts = np.zeros((2, self.n_orders), np.float32)
-        counts[0, self.table_index[: len(ranges)]] = self.cumulative[end] - self.cumulative[begin]
-        counts[1, self.table_index[: len(ranges)]] = end - begin
-        for order_index, next_counts in recent.items():
+        begin, end = self.cumulative[ranges]
+        counts[0, self.table_index] = end - begin
+        counts[1, self.table_index] = ranges[1] - ranges[0]
+        for order_index, next_counts in recent:
             counts[:, order_index] = sum(next_counts.values()), len(next_counts)
         return ContextMatch(state.last_token(), counts, ranges, recent)
 
     def gather_continuations(self, matches: Sequence[ContextMatch]) -> Continuations:
         """Gathers all continuations of the contexts at P positions."""
         n_orders = self.n_orders
-        stats = np.zeros((2, len(matches), n_orders), np.float32)  # there may be no position
-        for i, match in enumerate(matches):
-            stats[:, i] = match.counts
+        last_tokens = np.array([match.last_token for match in matches], np.int64)
+        counts = np.array([match.counts for match in matches]).reshape(-1, 2, n_orders)
+        context_count = counts[:, 0]
         # Step 1: the table's entries of all these contexts, one after another.
-        n_found = [len(match.ranges) for match in matches]
-        none = np.empty((0, 2), np.int64)
-        begin, end = np.concatenate([none, *(match.ranges for match in matches)]).T
-        context = np.concatenate([self.table_index[:n] for n in (0, *n_found)])
-        context += np.arange(0, len(matches) * n_orders, n_orders).repeat(n_found)
-        size = end - begin
+        ranges = np.array([match.ranges for match in matches], np.int64)
+        begin, end = ranges.reshape(-1, 2, len(self.table_index)).transpose(1, 0, 2)
+        size = (end - begin).ravel()
         last = size.cumsum()
-        index = np.arange(last[-1] if len(last) else 0) + (end - last).repeat(size)
-        context = context.repeat(size)
+        index = np.arange(size.sum()) + (end.ravel() - last).repeat(size)
+        context = np.arange(0, len(matches) * n_orders, n_orders)[:, None] + self.table_index
+        context = context.ravel().repeat(size)
         token = self.entries[index] & MAX_TOKEN
-        counts = self.cumulative[index + 1] - self.cumulative[index]
+        count = self.cumulative[index + 1] - self.cumulative[index]
         # Step 2: the contexts in the text just read.
         recent = [
             (i * n_orders + order_index, *pair)
             for i, match in enumerate(matches)
-            for order_index, next_counts in match.recent.items()
+            for order_index, next_counts in match.recent
             for pair in next_counts.items()
         ]
         if recent:
-            more = zip(*recent, strict=True)
-            context, token, counts = (
-                np.concatenate(p) for p in zip((context, token, counts), more, strict=True)
-            )
+            more = np.array(recent).T
+            context, token, count = np.concatenate(((context, token, count), more), axis=1)
         return Continuations(
-            np.array([match.last_token for match in matches], np.int64),
-            stats[0],
-            stats[1],
+            last_tokens,
+            context_count,
+            np.log1p(counts).reshape(-1, 2 * n_orders),
             context,
             token + context // n_orders * VOCAB_SIZE,
-            (counts / stats[0].ravel()[context]).astype(np.float32),
+            count.astype(np.float32) / context_count.ravel()[context],
         )
 
 
@@ -214,9 +212,9 @@ class NgramContext:
     def match(self) -> ContextMatch:
         """Returns the contexts at the end of the sequence."""
         keys = self.recent_keys[-1] if self.recent_keys else ()
-        recent = {
-            order_index: counts.copy()
+        recent = [
+            (order_index, counts.copy())
             for order_index, key in zip(self.index.recent_index, keys)  # noqa: B905
             if (counts := self.next_counts.get(key))
-        }
+        ]
         return self.index.match(self.states[-1], recent)

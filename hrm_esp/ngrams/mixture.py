@@ -68,20 +68,12 @@ class GateWeights(NamedTuple):
     bias: Array
 
 
-def count_gate_logits(
-    last_tokens: Array, context_count: Array, n_continuations: Array, weights: GateWeights
-) -> Array:
-    """Computes z of each context, the logits of the gates of the counts alone: (P, N).
-
-    Args:
-        last_tokens: t, (P,).
-        context_count, n_continuations: C and D, (P, N).
-    """
-    xp = array_module(context_count)
-    log_counts = xp.log(context_count + 1), xp.log(n_continuations + 1)
-    hidden = xp.concatenate(log_counts, -1) @ weights.hidden.T
-    hidden = (hidden + weights.token_emb[last_tokens]).clip(min=0)
-    return log_counts[0] - log_counts[1] + hidden @ weights.out.T + weights.bias
+def count_gate_logits(found: Continuations, weights: GateWeights) -> Array:
+    """Computes z of each context, the logits of the gates of the counts alone: (P, N)."""
+    hidden = found.log_counts @ weights.hidden.T + weights.token_emb[found.last_tokens]
+    n_orders = len(weights.bias)
+    log_c, log_d = found.log_counts[:, :n_orders], found.log_counts[:, n_orders:]
+    return log_c - log_d + hidden.clip(min=0) @ weights.out.T + weights.bias
 
 
 def mixture_gate_logits(found: Continuations, count_weights: Array, state_logits: Array) -> Array:
@@ -91,9 +83,9 @@ def mixture_gate_logits(found: Continuations, count_weights: Array, state_logits
         count_weights: a, b and d of each order, (N, 3).
         state_logits: U h, (P, N).
     """
-    xp = array_module(found.context_count)
     a, b, d = count_weights.T
-    logits: Array = xp.log(found.context_count + 1) * a + xp.log(found.n_continuations + 1) * b + d
+    log_c, log_d = found.log_counts[:, : len(a)], found.log_counts[:, len(a) :]
+    logits: Array = log_c * a + log_d * b + d
     return logits + state_logits
 
 
@@ -141,8 +133,7 @@ def count_features(found: Continuations, gate_logits: Array) -> Array:
     """
     xp = array_module(gate_logits)
     probs = xp.sqrt((count_probs(found, gate_logits) - MIN_PROB).clip(min=0))
-    counts = xp.concatenate((found.context_count, found.n_continuations), -1)
-    return xp.concatenate((probs, xp.log(counts + 1) / 2), -1)
+    return xp.concatenate((probs, found.log_counts / 2), -1)
 
 
 def mixture_log_probs(network_log_probs: Array, gate_logits: Array, found: Continuations) -> Array:
@@ -267,7 +258,7 @@ class NgramMixture(nn.Module):
         found = Continuations(
             ids.flatten(),
             context_count,
-            n_continuations,
+            torch.cat((context_count, n_continuations), dim=-1).log1p(),
             context_index,
             context_index // n_orders * VOCAB_SIZE + torch.cat([c.tokens for c in counts]),
             torch.cat([c.counts for c in counts])
@@ -277,7 +268,7 @@ class NgramMixture(nn.Module):
 
     def count_gate_logits(self, found: Continuations) -> Tensor:
         """Computes z of each context, for training: (P, N)."""
-        logits: Tensor = count_gate_logits(*found[:3], self.count_gates.weights())
+        logits: Tensor = count_gate_logits(found, self.count_gates.weights())
         return logits
 
     def gate_logits(self, found: Continuations, states: Tensor) -> Tensor:
@@ -315,7 +306,7 @@ class NgramMixture(nn.Module):
             weights: `CountGates.arrays`, if they are known.
         """
         weights = weights or self.count_gates.arrays()
-        array = count_features(found, count_gate_logits(*found[:3], weights))
+        array = count_features(found, count_gate_logits(found, weights))
         return torch.from_numpy(array).to(self.gate_proj.weight.device)
 
     def log_probs(self, logits: Tensor, states: Tensor, found: Continuations) -> Tensor:
