@@ -30,6 +30,7 @@ LM_HELP = "accept rows without a target as plain text, without a warning"
 ENCODING_HELP = "encoding of the text files, such as latin-1, cp1252 or utf-16"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 RECENT_ORDERS = (4, 6, 10)  # orders of the n-grams counted in the text just read
+DEFAULT_COUNT_MEMORY = 640  # MB, at most
 MAX_WIDTH = 2**16  # of each dimension of a model, and of its context
 MAX_LAYERS = 512
 MAX_BATCH = 2**20
@@ -253,6 +254,16 @@ class PretrainConfig(TrainConfig):
         False, "data", "keep the licence of Project Gutenberg, which is cut off otherwise",
         flag=False,
     )  # fmt: skip
+    count_memory: float | None = option(
+        None,
+        "data",
+        "memory of the n-gram counts in MB; rare contexts are dropped to fit into it (default: an "
+        f"eighth of the machine's, {DEFAULT_COUNT_MEMORY} at most)",
+        flag=False,
+        above=0,
+        high=10**7,
+        type=float,
+    )
     planner_input: str = option(
         "same",
         "data",

@@ -16,13 +16,13 @@ def print0(text: str) -> None:
         tqdm.write(text, file=STDERR)
 
 
-def progress_bar(total: int, unit: str, show: bool = True) -> tqdm[NoReturn]:
-    """Returns a bar for an evaluation, shown on a terminal only and cleared at the end."""
+def progress_bar(total: int, unit: str, show: bool = True, task: str = "scoring") -> tqdm[NoReturn]:
+    """Returns a bar for a task, shown on a terminal only and cleared at the end."""
     return tqdm(
         total=total,
         unit=unit,
         unit_scale=unit == "B",
-        desc="scoring",
+        desc=task,
         leave=False,
         file=STDERR,
         dynamic_ncols=True,

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..tokenizer import VOCAB_SIZE, inputs_to_targets
+from .entries import COUNTS, MAX_CODE, entry_key, entry_tokens, last_key
 from .hashing import WORD_ORDERS, ContextHasher, RollingHash, hash_index, min_length
-from .table import TOKEN_BITS, NgramTable, entry_key
-
-MAX_TOKEN = 2**TOKEN_BITS - 1
+from .table import NgramTable
 
 Array = Any  # torch.Tensor or np.ndarray
 
@@ -28,15 +27,16 @@ class ContextMatch(NamedTuple):
 
     ``last_token``: that the contexts end with.
     ``counts``: how often each context occurred, and by how many tokens it was continued, (2, N).
-    ``ranges``: begin and end of the entries of each context in the table, (2, number of the table's
-    orders); equal if there are none. ``recent``: contexts found in the text just read: the index
-    of each among the N orders, and how often each token continued it.
+    Then for each of M pairs of a context and a token that continued it, (M,) each:
+    ``context_index`` into the N contexts, ``tokens``, and how often the token continued the context
+    (``continuation_counts``).
     """
 
     last_token: int
     counts: NDArray[np.float32]
-    ranges: NDArray[np.int64]
-    recent: list[tuple[int, dict[int, int]]]
+    context_index: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    continuation_counts: NDArray[np.int64]
 
 
 class Continuations(NamedTuple):
@@ -75,7 +75,6 @@ class NgramIndex:
 
     def __init__(self, table: NgramTable, recent_orders: Sequence[int]) -> None:
         self.entries = table.entries.cpu().numpy()
-        self.cumulative = table.cumulative.cpu().numpy()
         self.recent_orders = list(recent_orders)
         orders, n_table = table.orders, len(table.orders)
         # Index among all N orders, first of the table's orders, then of the recent ones.
@@ -93,7 +92,6 @@ class NgramIndex:
             [sum(min_length(n) <= k for n in some) for k in range(self.max_order + 1)]
             for some in (orders, recent_orders)
         )
-        self.key_bounds = np.array([[0], [MAX_TOKEN]])
 
     def recent_keys(self, state: RollingHash) -> list[int]:
         """Returns the hashes of the valid contexts counted in the text just read."""
@@ -101,58 +99,56 @@ class NgramIndex:
         hashes: list[int] = state.hashes[self.recent_hashes[:n]].tolist()
         return hashes
 
-    def table_ranges(self, state: RollingHash) -> NDArray[np.int64]:
-        """Returns begin and end of the entries of each context, (2, number of the table's orders);
-        equal where the context is not valid."""
-        keys = entry_key(state.hashes[self.table_hashes], self.key_bounds)
-        ranges = self.entries.searchsorted(keys)  # no entry has the token MAX_TOKEN
-        ranges[:, self.n_table_valid[min(state.length, self.max_order)] :] = 0
-        return ranges
+    def match(self, state: RollingHash, recent: Sequence[dict[int, int]]) -> ContextMatch:
+        """Looks up the contexts at the end of a sequence.
 
-    def match(self, state: RollingHash, recent: list[tuple[int, dict[int, int]]]) -> ContextMatch:
-        """Looks up the contexts at the end of a sequence. ``recent`` as in `ContextMatch`."""
-        ranges = self.table_ranges(state)
+        Args:
+            recent: by which tokens, and how often, each context of the recent orders was continued
+                in the text just read, as far as they are valid.
+        """
+        # Step 1: find the contexts in the table.
+        n_valid = self.n_table_valid[min(state.length, self.max_order)]
+        keys = entry_key(state.hashes[self.table_hashes[:n_valid]])
+        begin = self.entries.searchsorted(keys)
+        end = self.entries.searchsorted(last_key(keys), "right")
+        size = end - begin
+        last = size.cumsum()
+        entries = self.entries[np.arange(size.sum()) + (end - last).repeat(size)]
+        context_index = self.table_index[:n_valid].repeat(size)
+        tokens, continuation_counts = entry_tokens(entries), COUNTS[entries & MAX_CODE]
+        # Step 2: the contexts in the text just read.
+        pairs = [
+            (order_index, *pair)
+            for order_index, next_counts in zip(self.recent_index, recent)  # noqa: B905
+            for pair in next_counts.items()
+        ]
+        if pairs:
+            of_table = context_index, tokens, continuation_counts
+            found = np.concatenate((of_table, np.array(pairs).T), axis=1)
+            context_index, tokens, continuation_counts = found
+        # Step 3: add up.
         counts = np.zeros((2, self.n_orders), np.float32)
-        begin, end = self.cumulative[ranges]
-        counts[0, self.table_index] = end - begin
-        counts[1, self.table_index] = ranges[1] - ranges[0]
-        for order_index, next_counts in recent:
-            counts[:, order_index] = sum(next_counts.values()), len(next_counts)
-        return ContextMatch(state.last_token(), counts, ranges, recent)
+        counts[0] = np.bincount(context_index, continuation_counts, self.n_orders)
+        counts[1] = np.bincount(context_index, minlength=self.n_orders)
+        return ContextMatch(state.last_token(), counts, context_index, tokens, continuation_counts)
 
     def gather_continuations(self, matches: Sequence[ContextMatch]) -> Continuations:
         """Gathers all continuations of the contexts at P positions."""
         n_orders = self.n_orders
-        last_tokens = np.array([match.last_token for match in matches], np.int64)
-        counts = np.array([match.counts for match in matches]).reshape(-1, 2, n_orders)
-        context_count = counts[:, 0]
-        # Step 1: the table's entries of all these contexts, one after another.
-        ranges = np.array([match.ranges for match in matches], np.int64)
-        begin, end = ranges.reshape(-1, 2, len(self.table_index)).transpose(1, 0, 2)
-        size = (end - begin).ravel()
-        last = size.cumsum()
-        index = np.arange(size.sum()) + (end.ravel() - last).repeat(size)
-        context = np.arange(0, len(matches) * n_orders, n_orders)[:, None] + self.table_index
-        context = context.ravel().repeat(size)
-        token = self.entries[index] & MAX_TOKEN
-        count = self.cumulative[index + 1] - self.cumulative[index]
-        # Step 2: the contexts in the text just read.
-        recent = [
-            (i * n_orders + order_index, *pair)
-            for i, match in enumerate(matches)
-            for order_index, next_counts in match.recent
-            for pair in next_counts.items()
-        ]
-        if recent:
-            more = np.array(recent).T
-            context, token, count = np.concatenate(((context, token, count), more), axis=1)
+        counts = np.array([match.counts for match in matches], np.float32).reshape(-1, 2, n_orders)
+        last_tokens, _, *pairs = zip(*matches, strict=True) if matches else [()] * 5
+        position = np.arange(len(matches)).repeat([len(tokens) for tokens in pairs[0]])
+        context, token, count = (
+            np.concatenate((np.empty(0, np.int64), *of_position)) for of_position in pairs
+        )
+        context += position * n_orders
         return Continuations(
-            last_tokens,
-            context_count,
+            np.array(last_tokens, np.int64),
+            counts[:, 0],
             np.log1p(counts).reshape(-1, 2 * n_orders),
             context,
-            token + context // n_orders * VOCAB_SIZE,
-            count.astype(np.float32) / context_count.ravel()[context],
+            token + position * VOCAB_SIZE,
+            count.astype(np.float32) / counts[:, 0].ravel()[context],
         )
 
 
@@ -212,9 +208,5 @@ class NgramContext:
     def match(self) -> ContextMatch:
         """Returns the contexts at the end of the sequence."""
         keys = self.recent_keys[-1] if self.recent_keys else ()
-        recent = [
-            (order_index, counts.copy())
-            for order_index, key in zip(self.index.recent_index, keys)  # noqa: B905
-            if (counts := self.next_counts.get(key))
-        ]
+        recent = [self.next_counts.get(key, {}) for key in keys]
         return self.index.match(self.states[-1], recent)

@@ -39,7 +39,6 @@ GATE_DIM, D = d_model, V = vocab_size.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +46,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RECENT_ORDERS, HRMConfig
-from ..data.stream import ByteStream
 from ..tokenizer import PAD, VOCAB_SIZE
 from .context import Array, Continuations, NgramContext, NgramIndex, sort_orders
 from .hashing import WORD_ORDERS
@@ -198,10 +196,6 @@ class NgramMixture(nn.Module):
         self.gate_proj = nn.Linear(config.d_model, len(orders), bias=False)
         nn.init.zeros_(self.gate_proj.weight)
         self._index: tuple[Tensor, NgramIndex] | None = None  # and the entries it was made from
-
-    def build(self, stream: ByteStream, path: Path | None = None) -> None:
-        """Counts the n-grams of the training text; see `NgramTable.build`."""
-        self.table.build(stream, path)
 
     def index(self) -> NgramIndex:
         """Returns the table in the form that generation looks up."""

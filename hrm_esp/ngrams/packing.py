@@ -14,26 +14,35 @@ from torch import Tensor
 
 from ..data.stream import DOCUMENT_END
 from ..tokenizer import EOS
-from .table import TOKEN_BITS, entry_key
+from .entries import (
+    COUNT_BITS,
+    HASH_BITS,
+    MAX_CODE,
+    TOKEN_BITS,
+    entry_key,
+    entry_tokens,
+    group_begins,
+)
 
-LARGE = 255  # count from which it does not fit in a byte
-MIN_HASH = -(2 ** (63 - TOKEN_BITS))
+LARGE = 255  # code of a count from which it does not fit in a byte
+MIN_HASH = -(2 ** (HASH_BITS - 1))
 
 
-def pack_table(entries: Tensor, cumulative: Tensor) -> dict[str, Tensor]:
-    """Packs the buffers of an `NgramTable`.
+def pack_table(entries: Tensor) -> dict[str, Tensor]:
+    """Packs the entries of an `NgramTable`.
 
     Returns:
         Tensors of bytes: ``is_first`` (a bit per entry: whether it is the first one of its
         context), ``differences`` (C, as many bytes as the largest one needs), ``tokens`` (E;
-        EOS as DOCUMENT_END, which is no byte of a document), ``counts`` (E,); and ``large_counts``
-        (int32) of the entries whose count is LARGE.
+        EOS as DOCUMENT_END, which is no byte of a document), ``counts`` (E, codes); and
+        ``large_counts`` (int16) of the entries whose count is LARGE.
     """
-    keys = entries.numpy()[:-1]  # without the sentinel
-    hashes, tokens = keys >> TOKEN_BITS, keys & (2**TOKEN_BITS - 1)
-    counts = np.diff(cumulative.numpy())[:-1]
-    is_first = np.diff(hashes, prepend=MIN_HASH - 1) != 0
-    differences = np.diff(hashes[is_first], prepend=MIN_HASH)
+    keys = entries.numpy()
+    hashes, tokens, counts = keys >> (TOKEN_BITS + COUNT_BITS), entry_tokens(keys), keys & MAX_CODE
+    begins = group_begins(hashes)
+    is_first = np.zeros(len(keys), bool)
+    is_first[begins] = True
+    differences = np.diff(hashes[begins], prepend=MIN_HASH)
     n_bytes = (int(differences.max(initial=0)).bit_length() + 7) // 8
     as_bytes = differences.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :n_bytes]
     packed = {
@@ -41,13 +50,13 @@ def pack_table(entries: Tensor, cumulative: Tensor) -> dict[str, Tensor]:
         "differences": np.ascontiguousarray(as_bytes),
         "tokens": np.where(tokens == EOS, DOCUMENT_END, tokens).astype(np.uint8),
         "counts": np.minimum(counts, LARGE).astype(np.uint8),
-        "large_counts": counts[counts >= LARGE].astype(np.int32),
+        "large_counts": counts[counts >= LARGE].astype(np.int16),
     }
     return {name: torch.from_numpy(array) for name, array in packed.items()}
 
 
-def unpack_table(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns ``entries`` (E + 1,) int64 and ``cumulative`` (E + 2,) int32 of an `NgramTable`.
+def unpack_table(packed: dict[str, Tensor]) -> Tensor:
+    """Returns the entries of an `NgramTable`, (E,) int64.
 
     Raises:
         KeyError, ValueError: the tensors do not fit together.
@@ -63,10 +72,6 @@ def unpack_table(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     context_index = np.unpackbits(arrays["is_first"], count=len(tokens)).cumsum(dtype=np.int64) - 1
     if len(tokens) and not 0 == context_index[0] <= context_index[-1] == n_contexts - 1:
         raise ValueError("contexts are missing")
-    entries = np.empty(len(tokens) + 1, np.int64)
-    entries[:-1] = entry_key(hashes[context_index], tokens)
-    entries[-1] = np.iinfo(np.int64).max  # the sentinel
-    cumulative = np.zeros(len(tokens) + 2, np.int32)
-    counts.cumsum(out=cumulative[1:-1], dtype=np.int32)
-    cumulative[-1] = cumulative[-2]
-    return torch.from_numpy(entries), torch.from_numpy(cumulative)
+    if len(counts) != len(tokens) or (counts & ~MAX_CODE).any():
+        raise ValueError("counts are missing, or too large")
+    return torch.from_numpy(entry_key(hashes[context_index], tokens) | counts)

@@ -11,7 +11,7 @@ token.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,35 +21,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.stream import ByteStream, as_inputs, as_targets
+from ..data.stream import ByteStream
 from ..files import mmap_cached
 from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
+from .counting import count_ngrams
+from .entries import COUNTS, MAX_CODE, entry_key, entry_tokens, last_key
 from .hashing import WORD_ORDERS, ContextHasher
 
 TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
-MAX_COUNTED_BYTES = 2**23  # of a larger corpus, evenly spaced chunks are counted
-CHUNK_BYTES = 2**16
-TOKEN_BITS = 9  # of an entry's key; the rest is the hash of its context
+TABLE_VERSION = 3  # of the entries that a text becomes: changing it counts again
+MAX_UNSEEN = 2**-6  # share of a row's positions, see `NgramTable._is_counted`
+BYTES_PER_ENTRY = 8
+COUNT_VALUES = torch.from_numpy(COUNTS)
 
 
-def is_valid_table(entries: Tensor, cumulative: Tensor) -> bool:
-    """Whether two tensors from a file are those of an `NgramTable`: whatever is looked up then lies
-    inside of them, and each context that is found has a count.
-
-    Args:
-        entries: int64. cumulative: int32.
-    """
-    if entries.ndim != 1 or cumulative.shape != (len(entries) + 1,) or not len(entries):
-        return False
-    keys, totals = entries.numpy(), cumulative.numpy()
-    tokens = keys[:-1] & (2**TOKEN_BITS - 1)
+def is_valid_table(entries: Tensor) -> bool:
+    """Whether int64 entries from a file are those of an `NgramTable`: sorted, of tokens that can
+    come next, with counts."""
+    keys = entries.numpy()
+    tokens = entry_tokens(keys)
     return bool(
-        keys[-1] == torch.iinfo(torch.int64).max
-        and (keys[1:] >= keys[:-1]).all()
+        entries.ndim == 1
+        and (keys[1:] > keys[:-1]).all()
         and ((tokens < PAD) | (tokens == EOS)).all()
-        and totals[0] == 0
-        and (totals[1:-1] > totals[:-2]).all()
-        and totals[-1] == totals[-2]
+        and (keys & MAX_CODE > 0).all()
     )
 
 
@@ -79,75 +74,55 @@ class NgramTable(nn.Module):
     An n-gram that occurred once says as much as any longer one, so no longer ones are stored.
     """
 
-    entries: Tensor  # (E,) int64, sorted keys, see `entry_key`
-    cumulative: Tensor  # (E + 1,) int32: total count of all entries before
+    entries: Tensor  # (E,) int64, see entries.py
+    min_count: Tensor  # () int64: contexts that occurred less often are not stored
 
     def __init__(self, orders: Sequence[int]) -> None:
         super().__init__()
         self.orders = list(orders)
         self.n_words = sum(order in WORD_ORDERS for order in orders)  # they come first
-        sentinel = torch.tensor([torch.iinfo(torch.int64).max])  # no search runs off the end
-        self.register_buffer("entries", sentinel)
-        self.register_buffer("cumulative", torch.zeros(2, dtype=torch.int32))
+        self.register_buffer("entries", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("min_count", torch.ones((), dtype=torch.int64))
 
-    def build(self, stream: ByteStream, path: Path | None = None) -> None:
+    def build(
+        self,
+        stream: ByteStream,
+        path: Path | None = None,
+        max_bytes: int = 2**40,
+        progress: Callable[[int], object] = lambda n: None,
+    ) -> None:
         """Counts the n-grams of a stream.
 
         Args:
             path: cache file; the table is read from it if it was made from the same text.
+            max_bytes: of the table in memory.
+            progress: see `count_ngrams`.
         """
-        text = np.concatenate([stream[i : i + CHUNK_BYTES] for i in chunk_starts(len(stream))])
+        max_entries = max_bytes // BYTES_PER_ENTRY
         if path is None:
-            self.entries, self.cumulative = self._count(text)
+            entries, min_count = count_ngrams(stream, self.orders, max_entries, progress)
+            self.entries, self.min_count = torch.from_numpy(entries), torch.tensor(min_count)
             return
 
         def write(file: IO[bytes]) -> None:
-            for part in self._count(text):
-                file.write(part.numpy().data)
+            entries, min_count = count_ngrams(stream, self.orders, max_entries, progress)
+            file.write(np.int64(min_count).tobytes())
+            file.write(entries.data)
 
-        key = f"2 {self.orders} {len(text)} {zlib.crc32(text.data):08x}"
-        data = mmap_cached(path, key, write)
-        split = len(data) // 12 * 8  # 8 bytes for each of E entries, then 4 for each of E + 1
-        self.entries = torch.from_numpy(data[:split].view(np.int64))
-        self.cumulative = torch.from_numpy(data[split:].view(np.int32))
-
-    def _count(self, stream: ByteStream) -> tuple[Tensor, Tensor]:
-        """Returns ``entries`` and ``cumulative`` of a stream."""
-        tokens = torch.from_numpy(as_inputs(stream[:-1]))
-        next_tokens = torch.from_numpy(as_targets(stream[1:]))
-        entries, counts = [self.entries[-1:]], [torch.zeros(1, dtype=torch.int64)]
-        hasher = ContextHasher(tokens[None])
-        is_frequent = torch.ones_like(tokens, dtype=torch.bool)  # context so far: more than once
-        for order in self.orders:
-            hashes, is_valid = (x[0, :, 0] for x in hasher.hashes([order]))
-            if order not in WORD_ORDERS:
-                is_valid = is_valid & is_frequent
-            # Step 1: count the entries of this order, where the shorter context is frequent.
-            (positions,) = is_valid.nonzero(as_tuple=True)
-            keys, sort_index = entry_key(hashes[positions], next_tokens[positions]).sort()
-            unique_keys, n_occurrences = keys.unique_consecutive(return_counts=True)
-            entries.append(unique_keys)
-            counts.append(n_occurrences)
-            if order in WORD_ORDERS:
-                continue
-            # Step 2: find the positions whose context occurs more than once.
-            _, context_of, context_size = (keys >> TOKEN_BITS).unique_consecutive(
-                return_inverse=True, return_counts=True
-            )
-            is_frequent.zero_()
-            is_frequent[positions[sort_index[context_size[context_of] > 1]]] = True
-        all_entries, sort_index = torch.cat(entries).sort()
-        return all_entries, F.pad(torch.cat(counts)[sort_index].cumsum(0), (1, 0)).int()
+        source = f"{len(stream)} {zlib.crc32(stream.data):08x}"
+        key = f"{TABLE_VERSION} {self.orders} {source} {max_entries}"
+        data = torch.from_numpy(mmap_cached(path, key, write).view(np.int64))
+        self.min_count, self.entries = data[0].clone(), data[1:]
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in ("entries", "cumulative"):  # their lengths depend on the text
-            if (loaded := state.get(prefix + name)) is None:
-                continue
-            own = getattr(self, name)
-            if own.shape == loaded.shape and own.equal(loaded.to(own.device)):
-                state[prefix + name] = own  # keep a memory-mapped table: copying would load it
+        loaded = state.get(prefix + "entries")  # their number depends on the text
+        if loaded is not None:
+            if self.entries.shape == loaded.shape and self.entries.equal(
+                loaded.to(self.entries.device)
+            ):
+                state[prefix + "entries"] = self.entries  # copying would load a memory-mapped table
             else:
-                setattr(self, name, torch.empty_like(loaded, device=own.device))
+                self.entries = torch.empty_like(loaded, device=self.entries.device)
         super()._load_from_state_dict(state, prefix, *rest)
 
     def lookup(
@@ -162,15 +137,19 @@ class NgramTable(nn.Module):
         """
         # Step 1: find the range of each context's entries.
         hashes, valid = ContextHasher(ids, preceding_ids).hashes(self.orders)
-        begin = torch.searchsorted(self.entries, entry_key(hashes, 0))
-        end = torch.searchsorted(self.entries, entry_key(hashes, 2**TOKEN_BITS - 1), right=True)
-        end = torch.where(valid, end, begin)
+        keys = entry_key(hashes)
+        begin = torch.searchsorted(self.entries, keys)
+        end = torch.searchsorted(self.entries, last_key(keys), right=True)
+        n_continuations = torch.where(valid, end - begin, 0)
         # Step 2: read the entries.
-        index, context_index = concatenate_ranges(begin.flatten(), end.flatten())
-        token = self.entries[index] & 2**TOKEN_BITS - 1
-        count = (self.cumulative[index + 1] - self.cumulative[index]).long()
-        context_count = self.cumulative[end] - self.cumulative[begin]
-        n_continuations = end - begin
+        size = n_continuations.flatten()
+        index, context_index = concatenate_ranges(begin.flatten(), begin.flatten() + size)
+        entries = self.entries[index]
+        token = entry_tokens(entries)
+        count = COUNT_VALUES.to(ids.device)[entries & MAX_CODE]
+        total = F.pad(count.cumsum(0), (1, 0))
+        last = size.cumsum(0)
+        context_count = (total[last] - total[last - size]).view_as(n_continuations)
         is_next = token == next_tokens.flatten()[context_index // len(self.orders)]
         continuation_count = torch.zeros_like(n_continuations)
         continuation_count.view(-1)[context_index[is_next]] = count[is_next]
@@ -190,6 +169,8 @@ class NgramTable(nn.Module):
         held = counted * (continuation_count >= same_entry.size)
         is_left = context_count > counted * same_context.size
         context_count = torch.where(is_left, context_count - same_context.total(held), 0)
+        is_left = context_count >= counted * self.min_count
+        context_count = torch.where(is_left, context_count, 0)
         n_continuations = n_continuations - counted * same_context.total(only_here.long())
         n_continuations = n_continuations.clamp_(min=0)
         continuation_count = continuation_count - held * same_entry.size
@@ -213,8 +194,9 @@ class NgramTable(nn.Module):
         """Which rows are part of the counted text, (B, 1, 1) bool.
 
         A row counts as such if each of its contexts that is in the table was also followed there by
-        the row's next token. The beginning and the end of a document are ignored: a row may be cut
-        out of the middle of one.
+        the row's next token; nearly everywhere is enough where rare contexts were dropped, as some
+        may be incomplete (see `count_ngrams`). The beginning and the end of a document are ignored:
+        a row may be cut out of the middle of one.
 
         Args:
             ids, next_tokens: (B, T).
@@ -225,7 +207,8 @@ class NgramTable(nn.Module):
         orders = torch.tensor(self.orders[self.n_words :], device=ids.device)
         is_inside = since_bos[..., None] >= orders
         evidence = unseen[..., self.n_words :] & is_inside & (next_tokens != EOS)[..., None]
-        return ~evidence.any(2, keepdim=True).any(1, True)
+        n_unseen = evidence.any(2, keepdim=True).sum(1, keepdim=True)
+        return n_unseen <= torch.where(self.min_count > 1, MAX_UNSEEN * ids.shape[1], 0)
 
 
 def recent_counts(
@@ -375,19 +358,6 @@ def concatenate_ranges(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     of_range = torch.repeat_interleave(size)
     offset = end - size.cumsum(0)
     return torch.arange(len(of_range), device=size.device) + offset[of_range], of_range
-
-
-def chunk_starts(n: int) -> np.ndarray:
-    """Returns where the chunks of ``CHUNK_BYTES`` begin that are counted in a stream of n bytes."""
-    if n <= MAX_COUNTED_BYTES:
-        return np.arange(0, n, CHUNK_BYTES)
-    n_chunks = MAX_COUNTED_BYTES // CHUNK_BYTES
-    return np.linspace(0, n - CHUNK_BYTES, n_chunks).astype(np.int64)
-
-
-def entry_key(hashes: Any, token: Any) -> Any:
-    """Returns the sort key of an entry: the hash of its context and its token."""
-    return hashes << TOKEN_BITS | token
 
 
 def following_tokens(ids: Tensor) -> Tensor:

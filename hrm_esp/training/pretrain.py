@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import HRMConfig, PretrainConfig
+from ..config import DEFAULT_COUNT_MEMORY, HRMConfig, PretrainConfig
 from ..console import print0, progress_bar
 from ..data import ByteStream, LMDataset, corpus_stats, load_stream, split_stream
 from ..data.corpus_files import text_files
@@ -22,8 +22,9 @@ from ..errors import HRMError
 from ..evaluation import TextScore, score_stream
 from ..files import PathLike
 from ..model import HRMModel
+from ..ngrams import NgramTable
 from .early_stopping import Score
-from .memory import check_memory
+from .memory import check_memory, total_memory
 from .metrics_log import describe_run
 from .run_folder import open_run
 from .trainer import Trainer, TrainResult
@@ -77,7 +78,7 @@ def train_lm(
         model = HRMModel(config)
         if model.executor.ngrams is not None:
             with local_rank_zero_first():
-                model.executor.ngrams.build(stream, folder / "ngrams.counts")
+                build_table(model.executor.ngrams.table, stream, folder, options.count_memory)
         model.to(device)
         dtype = choose_precision(device, options.precision)
         # Step 3: report what was read.
@@ -112,6 +113,28 @@ def train_lm(
         )
         trainer.run()
         return trainer.result(final_eval)
+
+
+def build_table(
+    table: NgramTable, stream: ByteStream, folder: Path, count_memory: float | None
+) -> None:
+    """Counts the n-grams of a stream, or reads the counts if the folder has them, and says what was
+    dropped.
+
+    Args:
+        count_memory: see `PretrainConfig`.
+    """
+    if count_memory is None:
+        memory = total_memory(torch.device("cpu"))
+        count_memory = min(DEFAULT_COUNT_MEMORY, math.inf if memory is None else memory / 8e6)
+    n_steps = len(table.orders) * (len(stream) - 1)
+    with progress_bar(n_steps, "B", task="counting n-grams") as bar:
+        table.build(stream, folder / "ngrams.counts", int(count_memory * 1e6), bar.update)
+    if (min_count := int(table.min_count)) > 1:
+        print0(
+            f"n-gram counts: {len(table.entries):,} of contexts that occurred at least {min_count} "
+            f"times, as {count_memory:,.0f} MB have no room for rarer ones (--set count_memory)"
+        )
 
 
 def load_corpus(

@@ -17,7 +17,7 @@ from ..ngrams.table import is_valid_table
 from ..options import describe
 
 TABLE = "executor.ngrams.table"
-COUNTS = (f"{TABLE}.entries", f"{TABLE}.cumulative")  # tensors whose size depends on the text
+ENTRIES = f"{TABLE}.entries"  # a tensor whose size depends on the text
 MIN_NUMEL = 4096  # of a tensor in bfloat16: what is smaller takes no space
 
 
@@ -30,8 +30,8 @@ def compact_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
         return tensor.bfloat16() if is_large else tensor
 
     content: dict[str, Any] = {"weights": map_shared(shorten, without_counts(weights))}
-    if counts := only_counts(weights):
-        content["counts"] = pack_table(*(tensor.cpu() for tensor in counts.values()))
+    if ENTRIES in weights:
+        content["counts"] = pack_table(weights[ENTRIES].cpu())
     return content
 
 
@@ -60,18 +60,18 @@ def expand_weights(
         check_tensor(name, stored[name], like, may_be_bf16=not is_state)
     weights = map_shared(lambda t: t.float() if t.dtype is torch.bfloat16 else t, stored)
     if config.counts_ngrams and not is_state:
-        weights |= zip(COUNTS, expand_counts(counts), strict=True)
+        weights[ENTRIES] = expand_counts(counts)
     return weights
 
 
-def expand_counts(counts: Any) -> tuple[Tensor, Tensor]:
-    """Returns the tensors `COUNTS`.
+def expand_counts(counts: Any) -> Tensor:
+    """Returns the entries of the n-gram table.
 
     Raises:
         HRMError: they are not those of a table.
     """
     try:
-        table = unpack_table(counts)
+        entries = unpack_table(counts)
     except (
         AttributeError,
         IndexError,
@@ -81,10 +81,10 @@ def expand_counts(counts: Any) -> tuple[Tensor, Tensor]:
         TypeError,
         ValueError,
     ):
-        table = None
-    if table is None or not is_valid_table(*table):
+        entries = None
+    if entries is None or not is_valid_table(entries):
         raise HRMError("its n-gram counts are not in order")
-    return table
+    return entries
 
 
 def check_tensor(name: str, found: Any, like: Tensor, may_be_bf16: bool = False) -> None:
@@ -120,13 +120,13 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def only_counts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of the n-gram table, in the order of `COUNTS`."""
-    return {name: weights[name] for name in COUNTS if name in weights}
+    """Returns the entries of the n-gram table, if there are any."""
+    return {name: weights[name] for name in (ENTRIES,) if name in weights}
 
 
 def without_counts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the weights without the n-gram counts."""
-    return {name: tensor for name, tensor in weights.items() if name not in COUNTS}
+    return {name: tensor for name, tensor in weights.items() if name != ENTRIES}
 
 
 def map_shared(

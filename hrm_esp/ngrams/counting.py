@@ -1,0 +1,228 @@
+"""Counts the n-grams of a corpus of any size.
+
+Shapes: E entries, N orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..data.stream import ByteStream, as_inputs, as_targets
+from ..tokenizer import BOS
+from .entries import (
+    CONTEXT_MASK,
+    COUNT_BITS,
+    COUNTS,
+    MAX_CODE,
+    Entries,
+    context_counts,
+    count_codes,
+    entry_key,
+    group_begins,
+    last_key,
+)
+from .hashing import HASH_FACTOR, WORD_FACTOR, WORD_ORDERS, ContextHasher, signed
+
+BLOCK_BYTES = 2**27  # that are counted at once, in up to 10 bytes of memory each
+CHUNK_BYTES = 2**18  # that are hashed at once
+PRECEDING_BYTES = 512  # hashed with a chunk: a word before it that begins earlier is cut
+PART_KEYS = 2**22  # sorted keys that are counted at once
+SET_BITS = 27  # of a hash that a `HashSet` looks at
+
+
+class HashSet:
+    """A set of contexts that knows ``SET_BITS`` of their hashes: rarely it has one too many."""
+
+    def __init__(self) -> None:
+        self.has = np.zeros(2**SET_BITS, np.bool_)
+
+    def add(self, keys: NDArray[np.int64]) -> None:
+        self.has[self._index(keys)] = True
+
+    def contains(self, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return self.has[self._index(keys)]
+
+    def _index(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        mixed = (keys & CONTEXT_MASK) * np.int64(signed(WORD_FACTOR))
+        return mixed >> (64 - SET_BITS) & (2**SET_BITS - 1)
+
+
+def count_ngrams(
+    stream: ByteStream,
+    orders: Sequence[int],
+    max_entries: int,
+    progress: Callable[[int], object] = lambda n: None,
+) -> tuple[Entries, int]:
+    """Counts the n-grams of a stream.
+
+    Of contexts that occurred once no longer ones are stored: they would say the same. If there are
+    more than ``max_entries``, contexts that occurred rarely are dropped. A large stream is counted
+    in blocks, whose rare contexts are dropped before the blocks are added up (lossy counting: Manku
+    & Motwani 2002).
+
+    Args:
+        orders: those of words first, then n-grams by rising n.
+        progress: called with the number of bytes done, N times the stream in all.
+
+    Returns:
+        The sorted entries, (E,), and the smallest count of a context that is stored.
+    """
+    entries, min_count = np.empty(0, np.int64), 1
+    for begin in range(0, max(1, len(stream) - 1), BLOCK_BYTES):
+        end = min(begin + BLOCK_BYTES, len(stream) - 1)
+        block, min_count = count_block(stream, begin, end, orders, max_entries, min_count, progress)
+        if len(entries):
+            block = add_up(entries, block)
+        entries, min_count = prune(block, max_entries, min_count)
+    return entries, min_count
+
+
+def count_block(
+    stream: ByteStream,
+    begin: int,
+    end: int,
+    orders: Sequence[int],
+    max_entries: int,
+    min_count: int,
+    progress: Callable[[int], object],
+) -> tuple[Entries, int]:
+    """Counts the n-grams that end in a block of a stream; see `count_ngrams`."""
+    tables: list[Entries] = []
+    shorter: tuple[int, HashSet] | None = None
+    starts = range(begin, end, CHUNK_BYTES)
+    n_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for order in orders:
+            # Step 1: sort the keys of all positions whose shorter context is frequent.
+            keys, n = np.empty(end - begin, np.int64), 0
+            for chunk in pool.map(partial(chunk_keys, stream, end, order, shorter), starts):
+                keys[n : n + len(chunk)] = chunk
+                n += len(chunk)
+            keys = keys[:n]
+            keys.sort()
+            # Step 2: count equal ones, and find out which contexts are frequent.
+            frequent, parts = HashSet(), split_keys(keys)
+            while group := [*islice(parts, n_threads)]:
+                for table, contexts in pool.map(partial(count_keys, min_count), group):
+                    tables.append(table)
+                    frequent.add(contexts)
+                # Step 3: drop rare contexts if there are too many entries.
+                while sum(map(len, tables)) > max_entries:
+                    min_count += 1
+                    tables = [drop_rare(table, min_count) for table in tables]
+            shorter = None if order in WORD_ORDERS else (order, frequent)
+            progress(end - begin)
+        del keys
+    entries = np.concatenate(tables)
+    entries.sort()
+    return entries, min_count
+
+
+def chunk_keys(
+    stream: ByteStream, end: int, order: int, shorter: tuple[int, HashSet] | None, begin: int
+) -> NDArray[np.int64]:
+    """Returns the keys of the valid contexts of an order in a chunk of a stream, from ``begin`` up
+    to ``end`` at most, with the token after each.
+
+    Args:
+        shorter: a shorter order, and its contexts that occurred more than once; only longer ones of
+            these are returned.
+    """
+    end = min(begin + CHUNK_BYTES, end)
+    if order in WORD_ORDERS:
+        return word_keys(stream, begin, end, order)
+    return ngram_keys(stream, begin, end, order, shorter)
+
+
+def word_keys(stream: ByteStream, begin: int, end: int, order: int) -> NDArray[np.int64]:
+    """Returns the keys of an order of words at the positions [begin, end) of a stream, with the
+    token after each."""
+    n_preceding = min(begin, PRECEDING_BYTES)
+    ids = torch.from_numpy(as_inputs(stream[begin - n_preceding : end]))[None]
+    hashes, _ = ContextHasher(ids[:, n_preceding:], ids[:, :n_preceding]).hashes([order])
+    keys: NDArray[np.int64] = entry_key(
+        hashes[0, :, 0].numpy(), as_targets(stream[begin + 1 : end + 1])
+    )
+    return keys
+
+
+def ngram_keys(
+    stream: ByteStream, begin: int, end: int, order: int, shorter: tuple[int, HashSet] | None
+) -> NDArray[np.int64]:
+    """Returns the keys of an order of n-grams at the positions [begin, end) of a stream; see
+    `chunk_keys`. The hashes are those of `ContextHasher`; for so many positions a product a token
+    is faster."""
+    n_preceding = min(begin, order)
+    tokens = as_inputs(stream[begin - n_preceding : end])
+    position = np.arange(len(tokens))
+    document_begin = np.maximum.accumulate(np.where(tokens == BOS, position, 0))
+    is_used = (position - document_begin + 1 >= order)[n_preceding:]
+    tokens += 1
+    hashes, factor = np.zeros(end - begin, np.int64), 1
+    for i in range(min(order, len(tokens))):
+        if shorter is not None and i == shorter[0]:
+            is_used &= shorter[1].contains(entry_key(hashes))
+        first = n_preceding - i
+        hashes[max(0, -first) :] += tokens[max(0, first) : len(tokens) - i] * np.int64(
+            signed(factor)
+        )
+        factor *= HASH_FACTOR
+    targets = as_targets(stream[begin + 1 : end + 1])
+    keys: NDArray[np.int64] = entry_key(hashes[is_used], targets[is_used])
+    return keys
+
+
+def split_keys(keys: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Yields sorted keys in parts that split no context."""
+    begin = 0
+    while begin < len(keys):
+        end = begin + PART_KEYS
+        if end < len(keys):
+            end = int(keys.searchsorted(last_key(keys[end]), "right"))
+        yield keys[begin:end]
+        begin = end
+
+
+def count_keys(min_count: int, keys: NDArray[np.int64]) -> tuple[Entries, NDArray[np.int64]]:
+    """Counts sorted keys.
+
+    Returns:
+        The entries of the contexts that occurred at least ``min_count`` times, and an entry of each
+        context that occurred more than once.
+    """
+    begins = group_begins(keys)
+    entries = keys[begins] | count_codes(np.diff(begins, append=len(keys)))
+    context_count, n_continuations = context_counts(entries)
+    contexts = entries[group_begins(entries & CONTEXT_MASK)]
+    is_kept = (context_count >= min_count).repeat(n_continuations)
+    return entries[is_kept], contexts[context_count >= max(2, min_count)]
+
+
+def add_up(*tables: Entries) -> Entries:
+    """Adds up the counts of tables."""
+    entries = np.concatenate(tables)
+    entries.sort()
+    begins = group_begins(entries >> COUNT_BITS)
+    counts = np.add.reduceat(COUNTS[entries & MAX_CODE], begins)
+    return entries[begins] & ~MAX_CODE | count_codes(counts)
+
+
+def prune(entries: Entries, max_entries: int, min_count: int) -> tuple[Entries, int]:
+    """Drops the rarest contexts until at most ``max_entries`` are left."""
+    while len(entries) > max_entries:
+        min_count += 1
+        entries = drop_rare(entries, min_count)
+    return entries, min_count
+
+
+def drop_rare(entries: Entries, min_count: int) -> Entries:
+    """Drops the contexts that occurred less than ``min_count`` times from sorted entries."""
+    context_count, n_continuations = context_counts(entries)
+    return entries[(context_count >= min_count).repeat(n_continuations)]
