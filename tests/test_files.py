@@ -33,7 +33,7 @@ def test_a_damaged_ngram_table_is_rebuilt(tmp_path: Path) -> None:
         table = NgramTable([2, 3, 4])
         table.build(stream, path)
         assert torch.equal(table.entries, expected.entries)
-        assert torch.equal(table.cumulative, expected.cumulative)
+        assert table.min_count == expected.min_count
     table.build(stream[:1000], path)
     assert len(table.entries) < len(expected.entries)
 

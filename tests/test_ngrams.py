@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 
 from hrm_esp.config import HRMConfig
 from hrm_esp.data import as_inputs, as_targets
-from hrm_esp.ngrams import ContextMatch, NgramContext, NgramMixture, table
+from hrm_esp.ngrams import ContextMatch, NgramContext, NgramMixture, counting
+from hrm_esp.ngrams.counting import count_ngrams, drop_rare
+from hrm_esp.ngrams.entries import COUNT_BITS, COUNTS, MAX_CODE, count_codes
 from hrm_esp.ngrams.hashing import TWO_WORDS, WORD_ORDERS
 from hrm_esp.ngrams.mixture import MAX_NGRAM_MASS, count_features, count_probs
 from hrm_esp.tokenizer import BOS, EOS, PAD
 
 NGRAM_ORDERS = [2, 3, 4, 5, 6, 7, 8]
 TABLE_ORDERS, RECENT_ORDERS = [*WORD_ORDERS, *NGRAM_ORDERS], [*WORD_ORDERS, 4, 6]
-TEXTS = st.text(alphabet="abA \n", min_size=20, max_size=120)
+TEXTS = st.text(alphabet="abAá— \n", min_size=20, max_size=120)
 Context = bytes | tuple[bytes, ...]
 BEGINS = st.integers(0, 18)
 
@@ -49,7 +51,7 @@ def context(text: bytes, position: int, order: int) -> Context | None:
             return None
         return text[position - order : position]
     line = text[:position].lower().split(b"\n")[-1] or b"\n"
-    letters = re.findall(rb"[a-z\x80-\xff]+", line)
+    letters = re.findall(rb"(?:[a-z]|[\xc3-\xe1\xe3-\xff][\x80-\xbf]*)+", line)
     in_word = letters and line.endswith(letters[-1])
     word = letters.pop() if in_word else line[-1:]
     return (word, *letters[-1:]) if order == TWO_WORDS else (word,)
@@ -93,6 +95,7 @@ def prob_by_hand(
             if order not in WORD_ORDERS:
                 skip, shorter_count = shorter_count < 2, count  # one has no longer n-grams
                 count *= not skip
+            count *= count >= int(mixture.table.min_count)
         else:
             after = continuations(window, wanted, order, position)
             count = sum(after.values())
@@ -222,18 +225,21 @@ def test_rollback_restores_the_context(text: str, other: str, n: int) -> None:
 
 
 def assert_equal(one: ContextMatch, other: ContextMatch) -> None:
-    np.testing.assert_array_equal(one.ranges, other.ranges)
-    assert one.recent == other.recent
+    np.testing.assert_array_equal(one.counts, other.counts)
+    pairs, others = (sorted(zip(*match[2:], strict=True)) for match in (one, other))
+    assert pairs == others
 
 
 @settings(max_examples=40)
-@given(TEXTS, TEXTS, TEXTS, BEGINS)
+@given(TEXTS, TEXTS, TEXTS, BEGINS, st.integers(1, 3))
 def test_leave_one_out_equals_counts_without_the_window(
-    text: str, other: str, more: str, begin: int
+    text: str, other: str, more: str, begin: int, min_count: int
 ) -> None:
     window = b"\n" + other.encode()  # no word is cut
     counted = text.encode() + window + more.encode()
     mixture = random_mixture(counted)
+    entries = drop_rare(mixture.table.entries.numpy(), min_count)
+    mixture.table.entries, mixture.table.min_count = map(torch.tensor, (entries, min_count))
     probs, _, _ = compute(mixture, window, True, begin)
     for i, p in enumerate(probs.tolist(), begin + 1):
         by_hand = prob_by_hand(mixture, 1 / 260, counted, window, i, begin, True)
@@ -244,26 +250,45 @@ def test_contexts_longer_than_one_that_occurs_once_are_pruned() -> None:
     once = random_mixture(b"\nabcdefghijk").table
     twice = random_mixture(b"\nabcdefghijk\nabcdefghijk").table
     n_words, n_ngrams = 2 * 11, 10
-    assert len(once.entries) == n_words + n_ngrams + 1 < len(twice.entries) - n_ngrams
+    assert len(once.entries) == n_words + n_ngrams < len(twice.entries) - n_ngrams
 
 
-def test_chunks_from_all_parts_of_a_large_text_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "MAX_COUNTED_BYTES", 4096)
-    monkeypatch.setattr(table, "CHUNK_BYTES", 256)
-    text = bytes(np.random.default_rng(0).integers(97, 123, 24000, dtype=np.uint8))
-    mixture = random_mixture(text)
-    assert int(mixture.table.cumulative[-1]) < len(TABLE_ORDERS) * 4096
-    starts = table.chunk_starts(len(text))
-    counted = b"".join(text[i : i + 256] for i in starts)
-    for end in (text[:6], text[-6:]):
-        assert compute(mixture, end, leave_one_out=False)[0][-1] > 0.01
-    # A window is subtracted from the counts only if it is part of them.
-    windows = [text[i : i + 16] for i in range(0, 24000, 120)]
-    is_counted = [w in counted for w in windows]
-    assert 15 < sum(is_counted) < 70
-    for window, is_part in zip(windows, is_counted, strict=True):
-        plain, left_out = (compute(mixture, window, out)[0] for out in (False, True))
-        assert torch.equal(plain, left_out) != is_part
+def test_counts_are_nearly_exact() -> None:
+    counts = np.concatenate((np.arange(1, 5000), np.geomspace(5000, 4e12, 1000).astype(np.int64)))
+    rounded = COUNTS[count_codes(counts)]
+    assert (rounded[counts < 1024] == counts[counts < 1024]).all()
+    np.testing.assert_allclose(rounded, counts, rtol=0.0115)
+
+
+@settings(max_examples=40)
+@given(TEXTS, st.integers(1, 400))
+def test_rare_contexts_are_dropped_until_the_table_fits(text: str, max_entries: int) -> None:
+    stream = np.frombuffer(text.encode(), dtype=np.uint8)
+    whole, _ = count_ngrams(stream, TABLE_ORDERS, 10**6)
+    entries, min_count = count_ngrams(stream, TABLE_ORDERS, max_entries)
+    assert len(entries) <= max_entries
+    np.testing.assert_array_equal(entries, drop_rare(whole, min_count))
+    assert min_count == 1 or len(drop_rare(whole, min_count - 1)) > max_entries
+    assert (np.diff(entries) > 0).all()
+
+
+@settings(max_examples=40)
+@given(st.text(alphabet="abA \n", min_size=100, max_size=300), st.integers(20, 200))
+def test_a_large_text_is_counted_in_blocks(text: str, block_bytes: int) -> None:
+    """N-grams whose shorter one is rare in each block are lost, and no other ones."""
+    stream = np.frombuffer(text.encode(), dtype=np.uint8)
+    orders = [*WORD_ORDERS, 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "BLOCK_BYTES", block_bytes)
+        patch.setattr(counting, "CHUNK_BYTES", 16)
+        patch.setattr(counting, "PART_KEYS", 16)
+        entries, _ = count_ngrams(stream, orders, 10**6)
+        longer, _ = count_ngrams(stream, TABLE_ORDERS, 10**6)
+    np.testing.assert_array_equal(entries, count_ngrams(stream, orders, 10**6)[0])
+    whole, _ = count_ngrams(stream, TABLE_ORDERS, 10**6)
+    counts = dict(zip(whole >> COUNT_BITS, whole & MAX_CODE, strict=True))
+    for entry in longer.tolist():
+        assert 1 <= entry & MAX_CODE <= counts[entry >> COUNT_BITS]
 
 
 @settings(max_examples=40)

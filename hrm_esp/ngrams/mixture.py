@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RECENT_ORDERS, HRMConfig
+from ..data.stream import ByteStream
 from ..tokenizer import PAD, VOCAB_SIZE
 from .context import Array, Continuations, NgramContext, NgramIndex, sort_orders
 from .hashing import WORD_ORDERS
@@ -196,6 +197,10 @@ class NgramMixture(nn.Module):
         self.gate_proj = nn.Linear(config.d_model, len(orders), bias=False)
         nn.init.zeros_(self.gate_proj.weight)
         self._index: tuple[Tensor, NgramIndex] | None = None  # and the entries it was made from
+
+    def build(self, stream: ByteStream) -> None:
+        """Counts the n-grams of the training text; see `NgramTable.build`."""
+        self.table.build(stream)
 
     def index(self) -> NgramIndex:
         """Returns the table in the form that generation looks up."""

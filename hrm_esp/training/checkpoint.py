@@ -21,7 +21,7 @@ from ..model import HRMModel
 from ..options import check_fields
 from .weights import compact_weights, expand_weights, without_counts
 
-FORMAT = 9  # raised by every change after which older files cannot be read
+FORMAT = 10  # raised by every change after which older files cannot be read
 STAGES = ("pretrain", "finetune")
 COUNT = {"low": 0, "high": 2**53}  # bounds of a field that counts something
 # Of bits per byte: rounding may make them negative, and a byte of probability 0 infinite.

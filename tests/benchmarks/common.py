@@ -77,7 +77,7 @@ def new_model(
     torch.manual_seed(seed)
     model = HRMModel(config)
     if model.executor.ngrams is not None:
-        model.executor.ngrams.build(stream, ngram_cache)
+        model.executor.ngrams.table.build(stream, ngram_cache)
     return model
 
 
