@@ -120,9 +120,7 @@ def count_block(
             shorter = None if order in WORD_ORDERS else (order, frequent)
             progress(end - begin)
         del keys
-    entries = np.concatenate(tables)
-    entries.sort()
-    return entries, min_count
+    return add_up(*tables), min_count
 
 
 def chunk_keys(
@@ -206,12 +204,17 @@ def count_keys(min_count: int, keys: NDArray[np.int64]) -> tuple[Entries, NDArra
 
 
 def add_up(*tables: Entries) -> Entries:
-    """Adds up the counts of tables."""
+    """Adds up the counts of entries of the same context and token, and sorts the entries."""
     entries = np.concatenate(tables)
     entries.sort()
-    begins = group_begins(entries >> COUNT_BITS)
-    counts = np.add.reduceat(COUNTS[entries & MAX_CODE], begins)
-    return entries[begins] & ~MAX_CODE | count_codes(counts)
+    parts = []
+    for part in split_keys(entries):
+        begins = group_begins(part >> COUNT_BITS)
+        if len(begins) < len(part):
+            counts = np.add.reduceat(COUNTS[part & MAX_CODE], begins)
+            part = part[begins] & ~MAX_CODE | count_codes(counts)
+        parts.append(part)
+    return np.concatenate([entries[:0], *parts])
 
 
 def prune(entries: Entries, max_entries: int, min_count: int) -> tuple[Entries, int]:

@@ -7,6 +7,7 @@ are exact; larger ones are rounded to one of CODES_PER_OCTAVE values between two
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ HASH_BITS = 64 - TOKEN_BITS - COUNT_BITS
 MAX_TOKEN, MAX_CODE = 2**TOKEN_BITS - 1, 2**COUNT_BITS - 1
 EXACT_COUNTS = 2 ** (COUNT_BITS - 1)
 CODES_PER_OCTAVE = 32
+CHUNK_ENTRIES = 2**18  # at once: intermediate results stay in the cache; a multiple of 8
 CONTEXT_MASK = -1 << (TOKEN_BITS + COUNT_BITS)
 _LARGE_COUNTS = EXACT_COUNTS * 2.0 ** (np.arange(EXACT_COUNTS) / CODES_PER_OCTAVE)
 COUNTS = np.concatenate((np.arange(EXACT_COUNTS), _LARGE_COUNTS.round().astype(np.int64)))
@@ -62,3 +64,9 @@ def context_counts(entries: Entries) -> tuple[NDArray[np.int64], NDArray[np.int6
         return np.empty(0, np.int64), np.empty(0, np.int64)
     n_continuations = np.diff(begins, append=len(entries))
     return np.add.reduceat(COUNTS[entries & MAX_CODE], begins), n_continuations
+
+
+def chunks(n: int) -> Iterator[slice]:
+    """Yields slices of ``CHUNK_ENTRIES`` that cover n entries."""
+    for begin in range(0, n, CHUNK_ENTRIES):
+        yield slice(begin, min(begin + CHUNK_ENTRIES, n))

@@ -14,15 +14,7 @@ from torch import Tensor
 
 from ..data.stream import DOCUMENT_END
 from ..tokenizer import EOS
-from .entries import (
-    COUNT_BITS,
-    HASH_BITS,
-    MAX_CODE,
-    TOKEN_BITS,
-    entry_key,
-    entry_tokens,
-    group_begins,
-)
+from .entries import COUNT_BITS, HASH_BITS, MAX_CODE, TOKEN_BITS, chunks, entry_key, entry_tokens
 
 LARGE = 255  # code of a count from which it does not fit in a byte
 MIN_HASH = -(2 ** (HASH_BITS - 1))
@@ -38,19 +30,28 @@ def pack_table(entries: Tensor) -> dict[str, Tensor]:
         ``large_counts`` (int16) of the entries whose count is LARGE.
     """
     keys = entries.numpy()
-    hashes, tokens, counts = keys >> (TOKEN_BITS + COUNT_BITS), entry_tokens(keys), keys & MAX_CODE
-    begins = group_begins(hashes)
-    is_first = np.zeros(len(keys), bool)
-    is_first[begins] = True
-    differences = np.diff(hashes[begins], prepend=MIN_HASH)
+    is_first = np.empty(len(keys), np.bool_)
+    tokens, counts = np.empty((2, len(keys)), np.uint8)
+    hashes, large_counts = [np.empty(0, np.int64)], [np.empty(0, np.int16)]
+    last_hash = MIN_HASH - 1
+    for chunk in chunks(len(keys)):
+        hash_ = keys[chunk] >> (TOKEN_BITS + COUNT_BITS)
+        is_first[chunk] = np.diff(hash_, prepend=last_hash) != 0
+        hashes.append(hash_[is_first[chunk]])
+        last_hash = int(hash_[-1])
+        token, count = entry_tokens(keys[chunk]), keys[chunk] & MAX_CODE
+        tokens[chunk] = np.where(token == EOS, DOCUMENT_END, token)
+        counts[chunk] = np.minimum(count, LARGE)
+        large_counts.append(count[count >= LARGE].astype(np.int16))
+    differences = np.diff(np.concatenate(hashes), prepend=MIN_HASH)
     n_bytes = (int(differences.max(initial=0)).bit_length() + 7) // 8
-    as_bytes = differences.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :n_bytes]
+    as_bytes = differences.astype("<i8", copy=False).view(np.uint8).reshape(-1, 8)[:, :n_bytes]
     packed = {
         "is_first": np.packbits(is_first),
         "differences": np.ascontiguousarray(as_bytes),
-        "tokens": np.where(tokens == EOS, DOCUMENT_END, tokens).astype(np.uint8),
-        "counts": np.minimum(counts, LARGE).astype(np.uint8),
-        "large_counts": counts[counts >= LARGE].astype(np.int16),
+        "tokens": tokens,
+        "counts": counts,
+        "large_counts": np.concatenate(large_counts),
     }
     return {name: torch.from_numpy(array) for name, array in packed.items()}
 
@@ -59,19 +60,30 @@ def unpack_table(packed: dict[str, Tensor]) -> Tensor:
     """Returns the entries of an `NgramTable`, (E,) int64.
 
     Raises:
-        KeyError, ValueError: the tensors do not fit together.
+        IndexError, KeyError, ValueError: the tensors do not fit together.
     """
     arrays = {name: tensor.numpy() for name, tensor in packed.items()}
-    tokens, counts = arrays["tokens"].astype(np.int64), arrays["counts"].astype(np.int64)
-    tokens[tokens == DOCUMENT_END] = EOS
-    counts[counts == LARGE] = arrays["large_counts"]
+    tokens, counts, large_counts = arrays["tokens"], arrays["counts"], arrays["large_counts"]
     n_contexts, n_bytes = arrays["differences"].shape
     differences = np.zeros((n_contexts, 8), np.uint8)
     differences[:, :n_bytes] = arrays["differences"]
     hashes = MIN_HASH + differences.view("<i8")[:, 0].cumsum()
-    context_index = np.unpackbits(arrays["is_first"], count=len(tokens)).cumsum(dtype=np.int64) - 1
-    if len(tokens) and not 0 == context_index[0] <= context_index[-1] == n_contexts - 1:
-        raise ValueError("contexts are missing")
-    if len(counts) != len(tokens) or (counts & ~MAX_CODE).any():
-        raise ValueError("counts are missing, or too large")
-    return torch.from_numpy(entry_key(hashes[context_index], tokens) | counts)
+    entries = np.empty(len(tokens), np.int64)
+    n_first = n_large = 0
+    for chunk in chunks(len(tokens)):
+        bits = np.unpackbits(arrays["is_first"][chunk.start // 8 :], count=chunk.stop - chunk.start)
+        context_index = n_first - 1 + bits.cumsum(dtype=np.int64)
+        if context_index[0] < 0:
+            raise ValueError("a context is missing")
+        token, count = tokens[chunk].astype(np.int64), counts[chunk].astype(np.int64)
+        token[token == DOCUMENT_END] = EOS
+        is_large = count == LARGE
+        end = n_large + int(is_large.sum())
+        count[is_large] = large_counts[n_large:end]
+        if (count & ~MAX_CODE).any():
+            raise ValueError("a count is too large")
+        entries[chunk] = entry_key(hashes[context_index], token) | count
+        n_first, n_large = int(context_index[-1]) + 1, end
+    if (n_first, n_large) != (n_contexts, len(large_counts)) or len(counts) != len(tokens):
+        raise ValueError("contexts or counts are missing")
+    return torch.from_numpy(entries)

@@ -25,7 +25,7 @@ from ..data.stream import ByteStream
 from ..files import mmap_cached
 from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
 from .counting import count_ngrams
-from .entries import COUNTS, MAX_CODE, entry_key, entry_tokens, last_key
+from .entries import COUNTS, MAX_CODE, chunks, entry_key, entry_tokens, last_key
 from .hashing import WORD_ORDERS, ContextHasher
 
 TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
@@ -38,14 +38,16 @@ COUNT_VALUES = torch.from_numpy(COUNTS)
 def is_valid_table(entries: Tensor) -> bool:
     """Whether int64 entries from a file are those of an `NgramTable`: sorted, of tokens that can
     come next, with counts."""
+    if entries.ndim != 1:
+        return False
     keys = entries.numpy()
-    tokens = entry_tokens(keys)
-    return bool(
-        entries.ndim == 1
-        and (keys[1:] > keys[:-1]).all()
-        and ((tokens < PAD) | (tokens == EOS)).all()
-        and (keys & MAX_CODE > 0).all()
-    )
+    if not (keys[1:] > keys[:-1]).all():
+        return False
+    for chunk in chunks(len(keys)):
+        tokens = entry_tokens(keys[chunk])
+        if not (((tokens < PAD) | (tokens == EOS)) & (keys[chunk] & MAX_CODE > 0)).all():
+            return False
+    return True
 
 
 class ContextCounts(NamedTuple):

@@ -19,7 +19,7 @@ from ..errors import HRMError
 from ..files import PathLike, atomic_write
 from ..model import HRMModel
 from ..options import check_fields
-from .weights import compact_weights, expand_weights, without_counts
+from .weights import compact_weights, expand_weights, pack_counts, without_counts
 
 FORMAT = 10  # raised by every change after which older files cannot be read
 STAGES = ("pretrain", "finetune")
@@ -32,8 +32,9 @@ BITS = {"low": -1, "high": 1e30, "finite": False}
 class Checkpoint:
     """The weights of a model, and what produced them.
 
-    ``val_bpb``: held-out bits per byte, if measured. ``training``: what resuming needs, in
-    ``{stage}_state.pt`` only, whose weights lack the n-gram counts.
+    ``val_bpb``: held-out bits per byte, if measured. ``counts``: the n-gram counts as they are
+    stored, if they were packed before; of a large corpus that takes seconds. ``training``: what
+    resuming needs, in ``{stage}_state.pt`` only, whose weights lack the n-gram counts.
     """
 
     config: HRMConfig
@@ -43,6 +44,7 @@ class Checkpoint:
     bytes_seen: int = field(default=0, metadata=COUNT)
     val_bpb: float | None = field(default=None, metadata=BITS)
     version: str = ""
+    counts: dict[str, Tensor] | None = None
     training: dict[str, Any] | None = None
 
     def build_model(self, device: torch.device | str = "cpu") -> HRMModel:
@@ -79,9 +81,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
         "config": asdict(checkpoint.config),
     }
     if checkpoint.training is None:
-        content |= compact_weights(checkpoint.weights)
+        content["weights"] = compact_weights(checkpoint.weights)
+        content["counts"] = checkpoint.counts or pack_counts(checkpoint.weights)
     else:
-        content["weights"] = without_counts(checkpoint.weights)
+        content |= {"weights": without_counts(checkpoint.weights), "counts": None}
     with atomic_write(path) as file:
         try:
             torch.save(content, file)

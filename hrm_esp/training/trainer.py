@@ -58,7 +58,7 @@ from .schedule import batch_shape, learning_rate
 from .signals import stop_signals
 from .state import RunState, StepStats
 from .validation import Validate, is_due, validation_size
-from .weights import is_finite, only_counts
+from .weights import is_finite, only_counts, pack_counts
 
 EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
@@ -104,8 +104,7 @@ class Trainer:
     ) -> None:
         self.model, self.data, self.options, self.stage = model, data, options, stage
         model.stage = stage
-        self.validate = validate
-        self.device = model.device
+        self.validate, self.device = validate, model.device
         self.dtype = choose_precision(self.device, options.precision)
         # Optimizers.
         self.optimizers = build_optimizers(model, options)
@@ -115,6 +114,7 @@ class Trainer:
         self.fingerprint = resume_fingerprint(options, model, data_id)
         self.state_saved_at, self.epoch_saved_at = time.perf_counter(), -math.inf
         self.last_nll = 0.0
+        self.packed_counts: dict[str, torch.Tensor] | None = None
         self.is_first = rank() == 0  # the process that logs, validates and saves
         self.folder = RunFolder(options.out_dir, stage)
         if self.is_first:
@@ -353,6 +353,8 @@ class Trainer:
         state = self.state
         if not all(map(is_finite, self.model.parameters())):
             raise self.diverged("its weights are not finite numbers")
+        if training is None and self.packed_counts is None:  # once: they do not change
+            self.packed_counts = pack_counts(self.model.state_dict())
         content = Checkpoint(
             self.model.config,
             self.model.state_dict(),
@@ -361,6 +363,7 @@ class Trainer:
             state.bytes_seen,
             state.val_bpb,
             __version__,
+            self.packed_counts,
             training,
         )
         self.folder.save(name, content)

@@ -21,18 +21,20 @@ ENTRIES = f"{TABLE}.entries"  # a tensor whose size depends on the text
 MIN_NUMEL = 4096  # of a tensor in bfloat16: what is smaller takes no space
 
 
-def compact_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Returns what a checkpoint stores of some weights: ``weights`` and, if there are any,
-    ``counts``. `expand_weights` is the inverse, but for the rounding to bfloat16."""
+def compact_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what a checkpoint stores of some weights without the n-gram counts. `expand_weights`
+    is the inverse, but for the rounding to bfloat16."""
 
     def shorten(tensor: Tensor) -> Tensor:
         is_large = tensor.dtype is torch.float32 and tensor.numel() >= MIN_NUMEL
         return tensor.bfloat16() if is_large else tensor
 
-    content: dict[str, Any] = {"weights": map_shared(shorten, without_counts(weights))}
-    if ENTRIES in weights:
-        content["counts"] = pack_table(weights[ENTRIES].cpu())
-    return content
+    return map_shared(shorten, without_counts(weights))
+
+
+def pack_counts(weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Returns the n-gram counts of some weights as a checkpoint stores them, if there are any."""
+    return pack_table(weights[ENTRIES].cpu()) if ENTRIES in weights else None
 
 
 def expand_weights(
