@@ -80,10 +80,7 @@ class ContextHasher:
         """The hashes of WORD and TWO_WORDS (B, T, 2) int64, and which are valid, (B, T, 2)
         bool."""
         # Step 1: the word so far.
-        # A byte inside a character is of the kind of its first byte.
-        first_byte = torch.where(is_continuation(self.ids), -1, self.position).cummax(1).values
-        letter = begins_letter(self.ids).gather(1, first_byte.clamp(min=0))
-        token = fold_case(self.ids) + 1
+        letter, token = is_letter(self.ids), fold_case(self.ids) + 1
         sums = self._cumulative(token)
         begin = torch.where(letter, -1, self.position).cummax(1).values + letter
         word = (sums[:, 1:] - sums.gather(1, begin)) * self.powers
@@ -103,17 +100,11 @@ def hash_words(word: Any, previous: Any) -> tuple[Any, Any]:
     return word * factor + WORD, (previous * factor + word) * factor + TWO_WORDS
 
 
-def begins_letter(ids: Any) -> Any:
-    """Whether an int, or each of a tensor, is an ASCII letter or the first byte of a longer
-    character, of which those after 0xC2 and 0xE2 are signs, such as ¿ and —."""
+def is_letter(ids: Any) -> Any:
+    """Whether an int, or each of a tensor, is an ASCII letter or part of a character of several
+    bytes: those are letters, mostly."""
     folded = fold_case(ids)
-    is_first_byte = (ids > 0xC2) & (ids < 0x100) & (ids != 0xE2)
-    return ((folded >= 97) & (folded <= 122)) | is_first_byte
-
-
-def is_continuation(ids: Any) -> Any:
-    """Whether an int, or each of a tensor, is a byte inside a character."""
-    return (ids >= 0x80) & (ids < 0xC0)
+    return ((folded >= 97) & (folded <= 122)) | ((ids >= 128) & (ids < 256))
 
 
 def fold_case(ids: Any) -> Any:
@@ -153,8 +144,7 @@ class RollingHash(NamedTuple):
 
     def append(self, token: int) -> RollingHash:
         """Returns the state after one more token."""
-        word, previous = fold_case(token) + 1, self.previous
-        in_word = self.in_word if is_continuation(token) else begins_letter(token)
+        word, previous, in_word = fold_case(token) + 1, self.previous, is_letter(token)
         if token == BOS:
             previous = 0
         elif in_word and self.in_word:
@@ -185,13 +175,9 @@ def min_length(order: int) -> int:
 
 def previous_word_begin(tokens: Sequence[int]) -> int:
     """Returns where the last word but one begins, or the document if it has no such word."""
-    n_words, follows_letter = 0, False  # the token after the current one is in a word
-    for i in range(len(tokens) - 1, -1, -1):
-        if is_continuation(tokens[i]):
-            continue
-        is_letter = begins_letter(tokens[i])
-        n_words += follows_letter and not is_letter
+    n_words = 0
+    for i in range(len(tokens) - 1, 0, -1):
+        n_words += is_letter(tokens[i]) and not is_letter(tokens[i - 1])
         if n_words == 2 or tokens[i] == BOS:
             return i
-        follows_letter = is_letter
     return 0

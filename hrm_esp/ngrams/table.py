@@ -32,7 +32,6 @@ TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 TABLE_VERSION = 3  # of the entries that a text becomes: changing it counts again
 MAX_UNSEEN = 2**-6  # share of a row's positions, see `NgramTable._is_counted`
 BYTES_PER_ENTRY = 8
-COUNT_VALUES = torch.from_numpy(COUNTS)
 
 
 def is_valid_table(entries: Tensor) -> bool:
@@ -77,6 +76,7 @@ class NgramTable(nn.Module):
     """
 
     entries: Tensor  # (E,) int64, see entries.py
+    count_values: Tensor  # (2^COUNT_BITS,) int64: the count of each code
     min_count: Tensor  # () int64: contexts that occurred less often are not stored
 
     def __init__(self, orders: Sequence[int]) -> None:
@@ -85,6 +85,7 @@ class NgramTable(nn.Module):
         self.n_words = sum(order in WORD_ORDERS for order in orders)  # they come first
         self.register_buffer("entries", torch.empty(0, dtype=torch.int64))
         self.register_buffer("min_count", torch.ones((), dtype=torch.int64))
+        self.register_buffer("count_values", torch.from_numpy(COUNTS), persistent=False)
 
     def build(
         self,
@@ -148,7 +149,7 @@ class NgramTable(nn.Module):
         index, context_index = concatenate_ranges(begin.flatten(), begin.flatten() + size)
         entries = self.entries[index]
         token = entry_tokens(entries)
-        count = COUNT_VALUES.to(ids.device)[entries & MAX_CODE]
+        count = self.count_values[entries & MAX_CODE]
         total = F.pad(count.cumsum(0), (1, 0))
         last = size.cumsum(0)
         context_count = (total[last] - total[last - size]).view_as(n_continuations)
