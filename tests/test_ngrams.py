@@ -3,11 +3,12 @@
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, TEXT, random_model, tokens
+from conftest import CONFIG, SMALL, TEXT, Run, random_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from hrm_esp.ngrams.hashing import TWO_WORDS, WORD_ORDERS
 from hrm_esp.ngrams.mixture import MAX_NGRAM_MASS, count_features, count_probs
 from hrm_esp.ngrams.packing import pack_table, unpack_table
 from hrm_esp.tokenizer import BOS, EOS, PAD
+from hrm_esp.training import load_model
 
 NGRAM_ORDERS = [2, 3, 4, 5, 6, 7, 8]
 TABLE_ORDERS, RECENT_ORDERS = [*WORD_ORDERS, *NGRAM_ORDERS], [*WORD_ORDERS, 4, 6]
@@ -328,6 +330,20 @@ def test_only_windows_of_the_counted_text_are_left_out(text: str, other: str) ->
             assert torch.equal(plain, left_out)
         elif row == text[5:15] and "\n" not in row:
             assert not torch.equal(plain, left_out)
+
+
+def test_count_memory_bounds_the_table(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(TEXT, encoding="utf-8")
+    command = ("pretrain", "corpus.txt", "--steps", "2", *SMALL, "--out_dir")
+    small = run(*command, "small", "--count_memory", "0.02")
+    assert "of contexts that occurred at least" in small.stderr, small.stderr
+    assert "occurred at least" not in run(*command, "large").stderr
+    sizes = []
+    for folder in ("small", "large"):
+        ngrams = load_model(tmp_path / folder / "pretrain_last.pt").executor.ngrams
+        assert ngrams is not None and (ngrams.table.min_count > 1) == (folder == "small")
+        sizes.append(8 * len(ngrams.table.entries))
+    assert 5_000 < sizes[0] <= 20_000 < sizes[1]
 
 
 def test_every_token_stays_possible() -> None:

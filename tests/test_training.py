@@ -501,7 +501,7 @@ TRAIN_OPTIONS = {
     "steps": 3, "batch_size": 2, "grad_accum": 2, "lr": 1e-3, "optimizer": "adamw",
     "weight_decay": 0.9, "warmup": 1, "decay": 1.0, "grad_clip": 1e-3, "codebook_penalty": 3.0,
     "precision": "bf16", "val_fraction": 0.5, "seed": 9, "planner_input": "previous", "grow": False,
-    "denoise": 0.99,
+    "denoise": 0.99, "count_memory": 0.01,
 }  # fmt: skip
 ELSEWHERE = {"patience", "epochs", "minutes", "compile", "encoding", "out_dir", "keep", "sep",
              "save_every", "resume", "overwrite", "cross_attention", "sample_prompt",

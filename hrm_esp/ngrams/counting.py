@@ -78,9 +78,11 @@ def count_ngrams(
     for begin in range(0, max(1, len(stream) - 1), BLOCK_BYTES):
         end = min(begin + BLOCK_BYTES, len(stream) - 1)
         block, min_count = count_block(stream, begin, end, orders, max_entries, min_count, progress)
-        if len(entries):
-            block = add_up(entries, block)
-        entries, min_count = prune(block, max_entries, min_count)
+        entries = add_up(entries, block) if len(entries) else block
+        del block  # of half a gigabyte
+        while len(entries) > max_entries:
+            min_count += 1
+            entries = drop_rare(entries, min_count)
     return entries, min_count
 
 
@@ -205,27 +207,22 @@ def count_keys(min_count: int, keys: NDArray[np.int64]) -> tuple[Entries, NDArra
 
 def add_up(*tables: Entries) -> Entries:
     """Adds up the counts of entries of the same context and token, and sorts the entries."""
-    entries = np.concatenate(tables)
+    entries, n = np.concatenate(tables), 0
     entries.sort()
-    parts = []
     for part in split_keys(entries):
         begins = group_begins(part >> COUNT_BITS)
         if len(begins) < len(part):
             counts = np.add.reduceat(COUNTS[part & MAX_CODE], begins)
             part = part[begins] & ~MAX_CODE | count_codes(counts)
-        parts.append(part)
-    return np.concatenate([entries[:0], *parts])
-
-
-def prune(entries: Entries, max_entries: int, min_count: int) -> tuple[Entries, int]:
-    """Drops the rarest contexts until at most ``max_entries`` are left."""
-    while len(entries) > max_entries:
-        min_count += 1
-        entries = drop_rare(entries, min_count)
-    return entries, min_count
+        entries[n : n + len(part)] = part  # in place: a second array would take as much memory
+        n += len(part)
+    return entries[:n]
 
 
 def drop_rare(entries: Entries, min_count: int) -> Entries:
     """Drops the contexts that occurred less than ``min_count`` times from sorted entries."""
-    context_count, n_continuations = context_counts(entries)
-    return entries[(context_count >= min_count).repeat(n_continuations)]
+    parts = [entries[:0]]
+    for part in split_keys(entries):
+        context_count, n_continuations = context_counts(part)
+        parts.append(part[(context_count >= min_count).repeat(n_continuations)])
+    return np.concatenate(parts)
