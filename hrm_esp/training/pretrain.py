@@ -132,8 +132,8 @@ def build_table(
         table.build(stream, folder / "ngrams.counts", int(count_memory * 1e6), bar.update)
     if (min_count := int(table.min_count)) > 1:
         print0(
-            f"n-gram counts: {len(table.entries):,} of contexts that occurred at least {min_count} "
-            f"times, as {count_memory:,.0f} MB have no room for rarer ones (--set count_memory)"
+            f"n-gram counts: only of contexts that occurred at least {min_count} times; rarer ones do "
+            f"not fit in {count_memory:g} MB (--count_memory)"
         )
 
 
