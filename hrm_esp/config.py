@@ -260,7 +260,7 @@ class PretrainConfig(TrainConfig):
         "memory of the n-gram counts in MB; rare contexts are dropped to fit into it (default: an "
         f"eighth of the machine's, {DEFAULT_COUNT_MEMORY} at most)",
         flag=False,
-        above=0,
+        low=0.001,
         high=10**7,
         type=float,
     )

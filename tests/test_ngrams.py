@@ -312,8 +312,10 @@ def test_a_large_text_is_counted_in_blocks(text: str, block_bytes: int) -> None:
 @settings(max_examples=40)
 @given(TEXTS, TEXTS)
 def test_only_windows_of_the_counted_text_are_left_out(text: str, other: str) -> None:
-    """A row of pairs may begin and end in the middle of a line of the text."""
+    """In finetuning. A row of pairs may begin and end in the middle of a line of the text."""
     mixture = random_mixture(text.encode())
+    mixture.load_state_dict(random_mixture(b"\n").state_dict())
+    mixture.load_state_dict(random_mixture(text.encode()).state_dict())
     for row in (other, text[5:15], "\n" + text[5:15].replace("\n", "a") + "\n"):
         data = row.encode()
         is_known = (
@@ -330,6 +332,45 @@ def test_only_windows_of_the_counted_text_are_left_out(text: str, other: str) ->
             assert torch.equal(plain, left_out)
         elif row == text[5:15] and "\n" not in row:
             assert not torch.equal(plain, left_out)
+
+
+@settings(max_examples=40)
+@given(TEXTS, st.integers(20, 200), st.integers(1, 3))
+def test_windows_are_left_out_of_counts_made_in_blocks(
+    text: str, block_bytes: int, min_count: int
+) -> None:
+    """Some of their n-grams were lost, so less is subtracted, and never too much."""
+    window = text.encode() + b"\n"
+    stream = np.frombuffer(window * 3, dtype=np.uint8)
+    mixture = random_mixture(window * 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "BLOCK_BYTES", block_bytes)
+        mixture.build(stream)
+    mixture.table.min_count.fill_(min_count)
+    ids, targets = torch.tensor([to_ids(window)[:-1]]), torch.tensor([to_ids(window)[1:]])
+    targets[targets == BOS] = EOS
+    found, counts = mixture.lookup(ids, targets, leave_one_out=True)
+    _, plain_counts = mixture.lookup(ids, targets)
+    assert counts.min() >= 0 and (counts <= plain_counts).all() and (counts < plain_counts).any()
+    is_left = found.context_count > 0
+    assert (counts <= found.context_count)[is_left].all()
+    probs = count_probs(found, mixture.count_gate_logits(found).detach())
+    assert probs.min() > -1e-6 and probs.clamp(min=0).sum(-1).max() < 1 + 1e-6
+
+
+def test_texts_of_a_few_bytes_can_be_counted() -> None:
+    for text in (b"", b"\n", b"a", b"ab", b"a\n", b"\n\n\n", "á".encode()):
+        for orders in (TABLE_ORDERS, [2, 3], [*WORD_ORDERS]):
+            entries, _ = count_ngrams(np.frombuffer(text, dtype=np.uint8), orders, 10)
+            assert len(entries) <= 10
+
+
+def test_a_count_to_which_little_is_added_often_grows() -> None:
+    stream = np.frombuffer(b"ab" * 2_000_000, dtype=np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "BLOCK_BYTES", 40_000)
+        entries, _ = count_ngrams(stream, [2], 100)
+    np.testing.assert_allclose(COUNTS[entries & MAX_CODE], 2_000_000, rtol=0.3)
 
 
 def test_count_memory_bounds_the_table(run: Run, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from .entries import (
 )
 from .hashing import HASH_FACTOR, WORD_FACTOR, WORD_ORDERS, ContextHasher, signed
 
-BLOCK_BYTES = 2**27  # that are counted at once, in up to 10 bytes of memory each
+BLOCK_BYTES = 2**27  # that are counted at once
 CHUNK_BYTES = 2**18  # that are hashed at once
 PRECEDING_BYTES = 512  # hashed with a chunk: a word before it that begins earlier is cut
 PART_KEYS = 2**22  # sorted keys that are counted at once
@@ -38,7 +38,7 @@ SET_BITS = 27  # of a hash that a `HashSet` looks at
 
 
 class HashSet:
-    """A set of contexts that knows ``SET_BITS`` of their hashes: rarely it has one too many."""
+    """A set of contexts that knows ``SET_BITS`` of their hashes: it has a few too many."""
 
     def __init__(self) -> None:
         self.has = np.zeros(2**SET_BITS, np.bool_)
@@ -62,26 +62,26 @@ def count_ngrams(
 ) -> tuple[Entries, int]:
     """Counts the n-grams of a stream.
 
-    Of contexts that occurred once no longer ones are stored: they would say the same. If there are
-    more than ``max_entries``, contexts that occurred rarely are dropped. A large stream is counted
-    in blocks, whose rare contexts are dropped before the blocks are added up (lossy counting: Manku
-    & Motwani 2002).
+    Of contexts that occurred once, hardly any longer ones are stored: they would say the same. If
+    there are more than ``max_entries``, contexts that occurred rarely are dropped. A large stream
+    is counted in blocks, whose rare contexts are dropped before the blocks are added up (lossy
+    counting: Manku & Motwani 2002).
 
     Args:
         orders: those of words first, then n-grams by rising n.
         progress: called with the number of bytes done, N times the stream in all.
 
     Returns:
-        The sorted entries, (E,), and the smallest count of a context that is stored.
+        The sorted entries, (E,), and the count below which contexts were dropped.
     """
     entries, min_count = np.empty(0, np.int64), 1
     for begin in range(0, max(1, len(stream) - 1), BLOCK_BYTES):
-        end = min(begin + BLOCK_BYTES, len(stream) - 1)
+        end = max(begin, min(begin + BLOCK_BYTES, len(stream) - 1))
         block, min_count = count_block(stream, begin, end, orders, max_entries, min_count, progress)
-        entries = add_up(entries, block) if len(entries) else block
+        entries = add_up(entries, block, seed=begin) if len(entries) else block
         del block  # of half a gigabyte
-        while len(entries) > max_entries:
-            min_count += 1
+        if len(entries) > max_entries:
+            min_count = fitting_min_count([entries], max_entries)
             entries = drop_rare(entries, min_count)
     return entries, min_count
 
@@ -116,8 +116,8 @@ def count_block(
                     tables.append(table)
                     frequent.add(contexts)
                 # Step 3: drop rare contexts if there are too many entries.
-                while sum(map(len, tables)) > max_entries:
-                    min_count += 1
+                if sum(map(len, tables)) > max_entries:
+                    min_count = fitting_min_count(tables, max_entries)
                     tables = [drop_rare(table, min_count) for table in tables]
             shorter = None if order in WORD_ORDERS else (order, frequent)
             progress(end - begin)
@@ -132,8 +132,7 @@ def chunk_keys(
     to ``end`` at most, with the token after each.
 
     Args:
-        shorter: a shorter order, and its contexts that occurred more than once; only longer ones of
-            these are returned.
+        shorter: a shorter order, and its frequent contexts; only longer ones of these are returned.
     """
     end = min(begin + CHUNK_BYTES, end)
     if order in WORD_ORDERS:
@@ -195,7 +194,7 @@ def count_keys(min_count: int, keys: NDArray[np.int64]) -> tuple[Entries, NDArra
 
     Returns:
         The entries of the contexts that occurred at least ``min_count`` times, and an entry of each
-        context that occurred more than once.
+        of them that occurred more than once.
     """
     begins = group_begins(keys)
     entries = keys[begins] | count_codes(np.diff(begins, append=len(keys)))
@@ -205,18 +204,38 @@ def count_keys(min_count: int, keys: NDArray[np.int64]) -> tuple[Entries, NDArra
     return entries[is_kept], contexts[context_count >= max(2, min_count)]
 
 
-def add_up(*tables: Entries) -> Entries:
-    """Adds up the counts of entries of the same context and token, and sorts the entries."""
-    entries, n = np.concatenate(tables), 0
+def add_up(*tables: Entries, seed: int = 0) -> Entries:
+    """Adds up the counts of entries of the same context and token, and sorts the entries.
+
+    Args:
+        seed: for rounding; another one each time something is added.
+    """
+    entries, n = np.concatenate((np.empty(0, np.int64), *tables)), 0
     entries.sort()
+    rng = np.random.default_rng(seed)
     for part in split_keys(entries):
         begins = group_begins(part >> COUNT_BITS)
         if len(begins) < len(part):
             counts = np.add.reduceat(COUNTS[part & MAX_CODE], begins)
-            part = part[begins] & ~MAX_CODE | count_codes(counts)
+            is_sum = np.diff(begins, append=len(part)) > 1
+            part = part[begins]
+            part[is_sum] = part[is_sum] & ~MAX_CODE | count_codes(counts[is_sum], rng)
         entries[n : n + len(part)] = part  # in place: a second array would take as much memory
         n += len(part)
     return entries[:n]
+
+
+def fitting_min_count(tables: Sequence[Entries], max_entries: int) -> int:
+    """Returns the smallest count of contexts so that at most ``max_entries`` belong to contexts
+    that occurred as often; a larger one above EXACT_COUNTS."""
+    n_entries = np.zeros(len(COUNTS) + 1, np.int64)  # of contexts with a count of each code
+    for table in tables:
+        context_count, n_continuations = context_counts(table)
+        codes = count_codes(context_count)
+        n_entries += np.bincount(codes, n_continuations, len(n_entries)).astype(np.int64)
+    n_left = n_entries[::-1].cumsum()[::-1]
+    code = int(np.flatnonzero(n_left <= max_entries)[0])
+    return int(COUNTS[code]) if code < len(COUNTS) else int(COUNTS[-1]) + 1
 
 
 def drop_rare(entries: Entries, min_count: int) -> Entries:

@@ -41,12 +41,20 @@ def entry_tokens(entries: Any) -> Any:
     return entries >> COUNT_BITS & MAX_TOKEN
 
 
-def count_codes(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns the codes of counts; `COUNTS` has their values."""
+def count_codes(
+    counts: NDArray[np.int64], rng: np.random.Generator | None = None
+) -> NDArray[np.int64]:
+    """Returns the codes of counts; `COUNTS` has their values.
+
+    Args:
+        rng: round at random, to the nearer value more often: then many small numbers may be added
+            to a large one, one after another.
+    """
     codes = counts.copy()
     large = counts >= EXACT_COUNTS
-    octaves = np.log2(counts[large] / EXACT_COUNTS)
-    codes[large] = EXACT_COUNTS + (CODES_PER_OCTAVE * octaves).round().astype(np.int64)
+    code = CODES_PER_OCTAVE * np.log2(counts[large] / EXACT_COUNTS)
+    offset = 0.5 if rng is None else rng.random(len(code))
+    codes[large] = EXACT_COUNTS + np.floor(code + offset).astype(np.int64)
     return codes
 
 

@@ -18,6 +18,8 @@ from .entries import COUNT_BITS, HASH_BITS, MAX_CODE, TOKEN_BITS, chunks, entry_
 
 LARGE = 255  # code of a count from which it does not fit in a byte
 MIN_HASH = -(2 ** (HASH_BITS - 1))
+FORM = dict.fromkeys(("is_first", "tokens", "counts"), (torch.uint8, 1))
+FORM |= {"differences": (torch.uint8, 2), "large_counts": (torch.int16, 1)}
 
 
 def pack_table(entries: Tensor) -> dict[str, Tensor]:
@@ -62,7 +64,9 @@ def unpack_table(packed: dict[str, Tensor]) -> Tensor:
     Raises:
         IndexError, KeyError, ValueError: the tensors do not fit together.
     """
-    arrays = {name: tensor.numpy() for name, tensor in packed.items()}
+    if {name: (t.dtype, t.ndim) for name, t in packed.items()} != FORM:
+        raise ValueError("not the tensors of a table")
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in packed.items()}
     tokens, counts, large_counts = arrays["tokens"], arrays["counts"], arrays["large_counts"]
     n_contexts, n_bytes = arrays["differences"].shape
     differences = np.zeros((n_contexts, 8), np.uint8)

@@ -25,12 +25,11 @@ from ..data.stream import ByteStream
 from ..files import mmap_cached
 from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
 from .counting import count_ngrams
-from .entries import COUNTS, MAX_CODE, chunks, entry_key, entry_tokens, last_key
+from .entries import COUNT_BITS, COUNTS, MAX_CODE, chunks, entry_key, entry_tokens, last_key
 from .hashing import WORD_ORDERS, ContextHasher
 
 TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 TABLE_VERSION = 3  # of the entries that a text becomes: changing it counts again
-MAX_UNSEEN = 2**-6  # share of a row's positions, see `NgramTable._is_counted`
 BYTES_PER_ENTRY = 8
 
 
@@ -40,11 +39,10 @@ def is_valid_table(entries: Tensor) -> bool:
     if entries.ndim != 1:
         return False
     keys = entries.numpy()
-    if not (keys[1:] > keys[:-1]).all():
-        return False
     for chunk in chunks(len(keys)):
-        tokens = entry_tokens(keys[chunk])
-        if not (((tokens < PAD) | (tokens == EOS)) & (keys[chunk] & MAX_CODE > 0)).all():
+        tokens, codes = entry_tokens(keys[chunk]), keys[chunk] & MAX_CODE
+        is_sorted = (np.diff(keys[max(0, chunk.start - 1) : chunk.stop] >> COUNT_BITS) > 0).all()
+        if not (is_sorted and ((tokens < PAD) | (tokens == EOS)).all() and codes.all()):
             return False
     return True
 
@@ -72,7 +70,8 @@ class ContextCounts(NamedTuple):
 class NgramTable(nn.Module):
     """N-gram counts of the training text.
 
-    An n-gram that occurred once says as much as any longer one, so no longer ones are stored.
+    An n-gram that occurred once says as much as any longer one, so hardly any longer ones are
+    stored.
     """
 
     entries: Tensor  # (E,) int64, see entries.py
@@ -83,6 +82,7 @@ class NgramTable(nn.Module):
         super().__init__()
         self.orders = list(orders)
         self.n_words = sum(order in WORD_ORDERS for order in orders)  # they come first
+        self.is_built = False  # from the text that the model is trained on
         self.register_buffer("entries", torch.empty(0, dtype=torch.int64))
         self.register_buffer("min_count", torch.ones((), dtype=torch.int64))
         self.register_buffer("count_values", torch.from_numpy(COUNTS), persistent=False)
@@ -101,6 +101,7 @@ class NgramTable(nn.Module):
             max_bytes: of the table in memory.
             progress: see `count_ngrams`.
         """
+        self.is_built = True
         max_entries = max_bytes // BYTES_PER_ENTRY
         if path is None:
             entries, min_count = count_ngrams(stream, self.orders, max_entries, progress)
@@ -126,6 +127,7 @@ class NgramTable(nn.Module):
                 state[prefix + "entries"] = self.entries  # copying would load a memory-mapped table
             else:
                 self.entries = torch.empty_like(loaded, device=self.entries.device)
+                self.is_built = False
         super()._load_from_state_dict(state, prefix, *rest)
 
     def lookup(
@@ -136,7 +138,8 @@ class NgramTable(nn.Module):
         Args:
             ids, next_tokens: (B, T), the window and what comes after each of its tokens.
             preceding_ids: (B, R), the text before the window.
-            leave_one_out: subtract the counts of windows that are part of the counted text.
+            leave_one_out: subtract the counts of windows that are part of the counted text: all
+                windows if this table was built, and if it was loaded, those that seem to be.
         """
         # Step 1: find the range of each context's entries.
         hashes, valid = ContextHasher(ids, preceding_ids).hashes(self.orders)
@@ -168,7 +171,9 @@ class NgramTable(nn.Module):
         same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
         only_here = (same_entry.rank == 0) & (continuation_count == same_entry.size)
         unseen = (context_count > 0) & (continuation_count == 0)
-        counted = self._is_counted(ids, next_tokens, unseen).long()
+        counted: Tensor | int = 1  # of each row
+        if not self.is_built:
+            counted = self._is_counted(ids, next_tokens, unseen).long()
         held = counted * (continuation_count >= same_entry.size)
         is_left = context_count > counted * same_context.size
         context_count = torch.where(is_left, context_count - same_context.total(held), 0)
@@ -197,9 +202,8 @@ class NgramTable(nn.Module):
         """Which rows are part of the counted text, (B, 1, 1) bool.
 
         A row counts as such if each of its contexts that is in the table was also followed there by
-        the row's next token; nearly everywhere is enough where rare contexts were dropped, as some
-        may be incomplete (see `count_ngrams`). The beginning and the end of a document are ignored:
-        a row may be cut out of the middle of one.
+        the row's next token. The beginning and the end of a document are ignored: a row may be cut
+        out of the middle of one.
 
         Args:
             ids, next_tokens: (B, T).
@@ -210,8 +214,7 @@ class NgramTable(nn.Module):
         orders = torch.tensor(self.orders[self.n_words :], device=ids.device)
         is_inside = since_bos[..., None] >= orders
         evidence = unseen[..., self.n_words :] & is_inside & (next_tokens != EOS)[..., None]
-        n_unseen = evidence.any(2, keepdim=True).sum(1, keepdim=True)
-        return n_unseen <= torch.where(self.min_count > 1, MAX_UNSEEN * ids.shape[1], 0)
+        return ~evidence.any(2, keepdim=True).any(1, True)
 
 
 def recent_counts(

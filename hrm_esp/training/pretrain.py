@@ -126,14 +126,16 @@ def build_table(
     """
     if count_memory is None:
         memory = total_memory(torch.device("cpu"))
-        count_memory = min(DEFAULT_COUNT_MEMORY, math.inf if memory is None else memory / 8e6)
+        count_memory = DEFAULT_COUNT_MEMORY
+        if memory is not None and memory < 8e6 * DEFAULT_COUNT_MEMORY:
+            count_memory = 2 ** int(math.log2(memory / 8e6))  # not another one after each update
     n_steps = len(table.orders) * (len(stream) - 1)
     with progress_bar(n_steps, "B", task="counting n-grams") as bar:
         table.build(stream, folder / "ngrams.counts", int(count_memory * 1e6), bar.update)
     if (min_count := int(table.min_count)) > 1:
         print0(
-            f"n-gram counts: only of contexts that occurred at least {min_count} times; rarer ones do "
-            f"not fit in {count_memory:g} MB (--count_memory)"
+            f"n-gram counts: only of contexts that occurred at least {min_count} times; rarer ones "
+            f"do not fit in {count_memory:g} MB (--count_memory)"
         )
 
 

@@ -44,7 +44,7 @@ def expand_weights(
     depends on the config.
 
     Args:
-        stored, counts: see `compact_weights`.
+        stored, counts: see `compact_weights` and `pack_counts`.
         is_state: the weights lack the n-gram counts.
 
     Raises:
@@ -63,6 +63,8 @@ def expand_weights(
     weights = map_shared(lambda t: t.float() if t.dtype is torch.bfloat16 else t, stored)
     if config.counts_ngrams and not is_state:
         weights[ENTRIES] = expand_counts(counts)
+        if weights[f"{TABLE}.min_count"] < 1:
+            raise HRMError("its n-gram counts are not in order")
     return weights
 
 
