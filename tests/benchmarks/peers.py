@@ -105,8 +105,8 @@ def xz_size(data: bytes) -> int:
     return len(lzma.compress(data, lzma.FORMAT_RAW, filters=filters))
 
 
-def ppmd_size(data: bytes) -> int:
-    return len(pyppmd.compress(data, max_order=12, mem_size=512 << 20, variant="H"))
+def ppmd_size(data: bytes, max_order: int = 12, megabytes: int = 512) -> int:
+    return len(pyppmd.compress(data, max_order=max_order, mem_size=megabytes << 20, variant="H"))
 
 
 def run_compressor(
