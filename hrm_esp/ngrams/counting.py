@@ -226,8 +226,8 @@ def add_up(*tables: Entries, seed: int = 0) -> Entries:
 
 
 def fitting_min_count(tables: Sequence[Entries], max_entries: int) -> int:
-    """Returns the smallest count of contexts so that at most ``max_entries`` belong to contexts
-    that occurred as often; a larger one above EXACT_COUNTS."""
+    """Returns the smallest count so that the contexts that occurred at least as often have at most
+    ``max_entries``. Above EXACT_COUNTS it may be up to 2% larger than necessary."""
     n_entries = np.zeros(len(COUNTS) + 1, np.int64)  # of contexts with a count of each code
     for table in tables:
         context_count, n_continuations = context_counts(table)

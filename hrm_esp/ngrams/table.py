@@ -167,7 +167,7 @@ class NgramTable(nn.Module):
         # window each context occurs same_context.size times, each entry same_entry.size times;
         # an entry that occurs nowhere else is a continuation less. Where a row was cut out of a
         # line, its end is an entry that the table does not hold.
-        same_context = GroupedPositions(entry_key(hashes, 0))
+        same_context = GroupedPositions(keys)
         same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
         only_here = (same_entry.rank == 0) & (continuation_count == same_entry.size)
         unseen = (context_count > 0) & (continuation_count == 0)
@@ -231,7 +231,7 @@ def recent_counts(
     ids = torch.cat((preceding_ids, ids), dim=1)
     next_tokens = torch.cat((following_tokens(ids)[:, :n_preceding], next_tokens), dim=1)
     hashes, valid = ContextHasher(ids).hashes(orders)
-    same_context = GroupedPositions(entry_key(hashes, 0))
+    same_context = GroupedPositions(entry_key(hashes))
     same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
     is_first = (same_entry.rank == 0).long()
     context_count = torch.where(valid, same_context.rank, 0)

@@ -128,9 +128,10 @@ def build_table(
         memory = total_memory(torch.device("cpu"))
         count_memory = DEFAULT_COUNT_MEMORY
         if memory is not None and memory < 8e6 * DEFAULT_COUNT_MEMORY:
-            count_memory = 2 ** int(math.log2(memory / 8e6))  # not another one after each update
-    n_steps = len(table.orders) * (len(stream) - 1)
-    with progress_bar(n_steps, "B", task="counting n-grams") as bar:
+            # A power of two: a system update changes the memory a little, and not the counts.
+            count_memory = 2 ** int(math.log2(memory / 8e6))
+    n_bytes = len(table.orders) * (len(stream) - 1)
+    with progress_bar(n_bytes, "B", task="counting n-grams") as bar:
         table.build(stream, folder / "ngrams.counts", int(count_memory * 1e6), bar.update)
     if (min_count := int(table.min_count)) > 1:
         print0(
