@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,28 +14,70 @@ from torch import nn
 
 from .cpu_load import SINCE_START, n_usable_cpus
 from .errors import HRMError
+from .launch import launched_rank, local_rank, local_world_size
+from .streams import STDERR
 
 LOAD_SECONDS = 1.0  # between two looks at what other processes do
 
 
 def choose_device(name: str | None = None, cpu: bool = False) -> torch.device:
-    """Returns the named device, or the best available: CUDA, then MPS, then the CPU.
+    """Returns the named device, or the best available: CUDA, then MPS, then the CPU. Of the GPUs
+    each process of ``torchrun`` gets its own.
 
     Raises:
-        HRMError: this machine has no such device.
+        HRMError: this machine has no such device, or it is too old for this build of PyTorch.
     """
     if cpu:
         name = "cpu"
     if name is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            gpu = own_gpu()
+            if (reason := unsupported_gpu(gpu)) is None:
+                return gpu
+            if launched_rank() == 0:
+                print(f"warning: using the CPU: {reason}", file=STDERR)
+            return torch.device("cpu")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            device = own_gpu(device.index)
+            if (reason := unsupported_gpu(device)) is not None:
+                raise HRMError(f"{reason}: give --device cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise HRMError(f"no device {name!r} here: give --device cpu, or none") from error
     return device
+
+
+def own_gpu(index: int | None = None) -> torch.device:
+    """Returns the GPU of this process.
+
+    Args:
+        index: of the GPU that the user named, if any.
+
+    Raises:
+        HRMError: several processes of this machine would share it.
+    """
+    if local_world_size() == 1:
+        return torch.device("cuda", index)
+    if index is not None:
+        raise HRMError("give --device cuda, without a number: each process takes a GPU of its own")
+    return torch.device("cuda", local_rank() % max(1, torch.cuda.device_count()))
+
+
+def unsupported_gpu(device: torch.device) -> str | None:
+    """Says why this build of PyTorch has no kernels for a GPU; ``None`` if it has."""
+    major, minor = torch.cuda.get_device_capability(device)
+    # Code for sm_75 runs on 7.5 and later minor versions; compute_75 is compiled for any later GPU.
+    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    for kind, x, y in built:
+        if (major, minor) >= (int(x), int(y)) and (kind == "compute" or major == int(x)):
+            return None
+    if not built:  # ROCm
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"this build of PyTorch does not support {name} (compute capability {major}.{minor})"
 
 
 def cpu_has_bf16() -> bool:
@@ -47,7 +90,8 @@ def choose_precision(device: torch.device, precision: str = "auto") -> torch.dty
     """Returns the dtype of matrix products; float32 disables autocast."""
     if precision == "auto":
         if device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if has_bf16 else "fp16"
         else:
             precision = "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import HRMError, PeerLost
-from .launch import is_distributed
+from .launch import is_distributed, local_rank, local_world_size
 
 TIMEOUT = timedelta(hours=2)  # one process may read a corpus or validate while the others wait
 
@@ -55,11 +54,6 @@ def rank() -> int:
 def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_rank() -> int:
-    """Returns the index of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if is_distributed() else 0
 
 
 def all_reduce_sum(*values: float) -> list[float]:
@@ -107,7 +101,7 @@ def require_one_gpu_each(device: torch.device) -> None:
     Raises:
         HRMError: they do.
     """
-    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    n_processes = local_world_size()
     if device.type == "cuda" and n_processes > (n_gpus := torch.cuda.device_count()):
         raise HRMError(
             f"{n_processes} processes on this machine, but {n_gpus} GPU{'s' * (n_gpus != 1)}: "

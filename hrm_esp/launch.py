@@ -12,6 +12,16 @@ def launched_rank() -> int:
     return int(os.environ["RANK"]) if is_distributed() else 0
 
 
+def local_rank() -> int:
+    """Returns the index of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if is_distributed() else 0
+
+
+def local_world_size() -> int:
+    """Returns the number of processes that were started together on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_distributed() else 1
+
+
 def is_distributed() -> bool:
     """Whether ``torchrun`` or the like started several processes. Some of its variables alone do
     not mean that: clusters leave them in the environment."""

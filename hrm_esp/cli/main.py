@@ -71,7 +71,7 @@ def describe_system_error(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return "out of memory: give a smaller --batch_size, --max_len or --size"
-    if "C++ compiler" in text:
+    if "C++ compiler" in text or "C compiler" in text:
         return "--set compile=true needs a C++ compiler: install one, or leave it out"
     return None
 
