@@ -37,6 +37,7 @@ _MODULES = {
     "generate_batch": "generation",
     "stream": "generation",
     "evaluate": "evaluation",
+    "restore": "restoration",
     "load_model": "training",
     "train_lm": "training",
     "train_ft": "training",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from .model import HRMModel as HRMModel
     from .model import Planner as Planner
     from .model import RMSNorm as RMSNorm
+    from .restoration import restore as restore
     from .tokenizer import ByteTokenizer as ByteTokenizer
     from .training import Trainer as Trainer
     from .training import load_model as load_model

@@ -18,6 +18,7 @@ LAYERS = (
     ("model",),
     ("generation",),
     ("evaluation",),
+    ("restoration",),
     ("training",),
     ("analysis",),
     ("cli",),

@@ -319,6 +319,45 @@ def evaluate(args: argparse.Namespace) -> None:
     print(to_json(asdict(score)) if args.json else score)
 
 
+def restore(args: argparse.Namespace) -> None:
+    require_stdout()
+    check_bounds("min_p", args.min_p, low=0, high=1)
+    if args.diff and args.json:
+        raise HRMError("give --diff or --json, not both")
+
+    from ..restoration import Restorer, TextBlocks
+    from ..training import find_checkpoint
+
+    blocks = TextBlocks(args.file, args.encoding)
+    if args.ckpt is None:
+        args.ckpt = find_checkpoint(DEFAULT_DIR, ("pretrain",))
+    restorer = Restorer(load_model(args))
+    n_words = n_changed = n_unsure = 0
+    line = 1
+    for text in blocks:
+        letters, counted = list(text), 0
+        for begin, end, form, prob in restorer.restore_words(text, args.force):
+            n_words += 1
+            if form == (word := text[begin:end]):
+                continue
+            is_sure = prob >= args.min_p
+            n_changed, n_unsure = n_changed + is_sure, n_unsure + (not is_sure)
+            if is_sure:
+                letters[begin:end] = form
+            line, counted = line + text.count("\n", counted, begin), begin
+            if args.json:
+                found = {"line": line, "word": word, "form": form, "p": prob, "changed": is_sure}
+                print(to_json(found), flush=True)
+            elif args.diff and is_sure:
+                print(f"{line}: {word} -> {form} {prob:.2f}", flush=True)
+        line += text.count("\n", counted)
+        if not (args.diff or args.json):
+            sys.stdout.buffer.write(blocks.encode("".join(letters)))
+            sys.stdout.buffer.flush()
+    unsure = f", {n_unsure:,} left as unsure" if args.min_p else ""
+    print(f"{n_words:,} words, {n_changed:,} changed{unsure}", file=STDERR)
+
+
 def pairs(args: argparse.Namespace) -> None:
     check_bounds("max_bytes", args.max_bytes, low=1, high=MAX_COUNT)
 
@@ -373,6 +412,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "finetune": finetune,
     "generate": generate,
     "evaluate": evaluate,
+    "restore": restore,
     "pairs": pairs,
     "plans": plans,
     "plot": plot,

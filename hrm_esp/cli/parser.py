@@ -71,6 +71,12 @@ examples:
   hrm-esp evaluate book.txt
   hrm-esp evaluate held_out.csv --ckpt checkpoints/finetune_best.pt --json
 """,
+    "restore": """\
+examples:
+  hrm-esp restore letter.txt > restored.txt
+  echo "Manana volvere a Malaga" | hrm-esp restore
+  hrm-esp restore letter.txt --diff --min_p 0.9
+""",
     "pairs": """\
 examples:
   hrm-esp pairs corpus.txt -o accents.tsv
@@ -109,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("finetune", _add_finetune, "Finetune a model on prompts and targets."),
         ("generate", _add_generate, "Continue a prompt, or answer it."),
         ("evaluate", _add_evaluate, "Score a model on a text, or on a table of pairs."),
+        ("restore", _add_restore, "Restore the accents, ñ and ü of a text."),
         ("pairs", _add_pairs, "Make pairs for restoring accents from a text."),
         ("plans", _add_plans, "Show what the plans of texts stand for."),
         ("plot", _add_plot, "Draw the curves of runs."),
@@ -229,6 +236,34 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="precision of matrix products (default: auto)",
     )
     _add_device(groups["run"])
+
+
+def _add_restore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", nargs="?", default="-", help="a text, .gz too (default: standard input)"
+    )
+    parser.add_argument(
+        "--ckpt",
+        metavar="FILE",
+        help=f"checkpoint (default: best checkpoint of pretraining in {DEFAULT_DIR})",
+    )
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, metavar="P",
+        help="leave a word as it is unless its new form has this probability (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true", help="reconsider words that have accents, too"
+    )
+    parser.add_argument(
+        "--diff", action="store_true", help="show what would change instead, with probabilities"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="a JSON object per such word instead: line, word, form, p, changed",
+    )
+    _add_encoding(parser)
+    _add_device(parser)
 
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:

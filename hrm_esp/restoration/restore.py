@@ -1,0 +1,213 @@
+"""Restoring accents, ñ and ü: which form of each word is meant is decided in its context.
+
+1. The n-gram counts know the words of the training text, and pairs of words. The most likely path
+   through all forms of the words of a text is found by the Viterbi algorithm.
+2. Where other forms are nearly as likely, the model scores the text around the word with each of
+   them. The form with the highest score wins; its probability is its share.
+
+A form f after a word w has the probability (c(w, f) + PRIOR p(f)) / (c(w) + PRIOR), where c are
+counts and p(f) is the relative frequency of f (MacKay & Peto 1995).
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..data import Batch, pad
+from ..device import adapt_threads, autocast, choose_precision, eval_mode
+from ..errors import HRMError
+from ..model import HRMModel
+from ..ngrams.lexicon import Lexicon
+from ..tokenizer import BOS
+from .words import Word, find_words, sentence_ends
+
+PRIOR = 200  # occurrences
+UNSEEN = 0.1  # occurrences of a form that has none
+MAX_LOG_ODDS = 4.0  # nats by which a form may be less likely by the counts and still be scored
+COUNT_WEIGHT = 0.5  # of the counts' log-odds beside the model's, which knows the counts, too
+N_BEFORE, N_AFTER = 80, 32  # characters around a word that are scored with it
+BATCH_TOKENS = 8192
+
+
+class WordForm(NamedTuple):
+    """A word of a text, text[begin:end], the form that it should have, and its probability."""
+
+    begin: int
+    end: int
+    form: str
+    prob: float
+
+
+class Restorer:
+    """Restores texts with a model.
+
+    Raises:
+        HRMError: the model has no n-gram counts, or was finetuned: then it no longer knows how
+            texts go on.
+    """
+
+    def __init__(self, model: HRMModel, precision: str = "auto") -> None:
+        ngrams = model.executor.ngrams
+        if model.stage == "finetune" or ngrams is None or not len(ngrams.table.entries):
+            reason = "was finetuned" if model.stage == "finetune" else "has no n-gram counts"
+            raise HRMError(
+                f"this model {reason}, so it cannot restore a text: give the checkpoint of a "
+                "pretrain run, such as pretrain_best.pt"
+            )
+        self.model, self.lexicon = model, Lexicon(ngrams.table)
+        self.dtype = choose_precision(model.device, precision)
+
+    def restore_words(self, text: str, force: bool = False) -> Iterator[WordForm]:
+        """Yields the words of a text, in order, with the form that each should have. A form has as
+        many characters as the word.
+
+        Args:
+            force: also reconsider words that have marks.
+        """
+        # Step 1: the forms of each word, and where sentences begin.
+        words = [
+            word._replace(forms=self.known_forms(word.forms)) for word in find_words(text, force)
+        ]
+        ends = sentence_ends(text)
+        sentences = [bisect.bisect_right(ends, word.begin) for word in words]
+        # Step 2: the most likely path through them, by the counts.
+        chosen = self.viterbi(words, sentences)
+        letters = list(text)
+        for word, form in zip(words, chosen, strict=True):
+            letters[word.begin : word.end] = form
+        # Step 3: score the forms that are nearly as likely.
+        log_odds: list[dict[str, float]] = []
+        rows: list[tuple[int, str, bytes]] = []
+        for i, (word, sentence) in enumerate(zip(words, sentences, strict=True)):
+            likely = self.likely_forms(words, sentences, chosen, i)
+            log_odds.append(likely)
+            if len(likely) > 1:
+                begin, end = ends[sentence - 1] if sentence else 0, ends[sentence]
+                before, after = window(letters, word, begin, end)
+                rows += [(i, form, "".join((before, form, after)).encode()) for form in likely]
+        scores = text_log_probs(self.model, [row for *_, row in rows], self.dtype)
+        for (i, form, _), score in zip(rows, scores, strict=True):
+            log_odds[i][form] = COUNT_WEIGHT * log_odds[i][form] + score
+        # Step 4: choose.
+        for word, odds in zip(words, log_odds, strict=True):
+            form = max(odds, key=odds.__getitem__)
+            prob = 1 / sum(math.exp(value - odds[form]) for value in odds.values())
+            yield WordForm(word.begin, word.end, form, prob)
+
+    def known_forms(self, forms: list[str]) -> list[str]:
+        """Returns the forms that the training text has; all of them if it has none."""
+        if len(forms) == 1:
+            return forms
+        return [form for form in forms if self.lexicon.count(form)] or forms
+
+    def log_prob(self, form: str, previous: str | None) -> float:
+        """Returns the logarithm of the probability of a form after another word, by the counts;
+        ``None``: at the beginning of a document."""
+        lexicon = self.lexicon
+        prob = (lexicon.count(form) + UNSEEN) / lexicon.n_words
+        if previous is not None:
+            prob = lexicon.pair_count(previous, form) + PRIOR * prob
+            prob /= lexicon.count(previous) + PRIOR
+        return math.log(prob)
+
+    def viterbi(self, words: Sequence[Word], sentences: Sequence[int]) -> list[str]:
+        """Returns the most likely form of each word by the counts."""
+        scores, back = [0.0], []
+        for i, word in enumerate(words):
+            previous: Sequence[str | None] = words[i - 1].forms if i else [None]
+            if i and sentences[i] != sentences[i - 1]:
+                previous = [None] * len(previous)
+            steps = [
+                [score + self.log_prob(form, p) for score, p in zip(scores, previous, strict=True)]
+                for form in word.forms
+            ]
+            scores = [max(step) for step in steps]
+            back.append([step.index(score) for step, score in zip(steps, scores, strict=True)])
+        best, chosen = scores.index(max(scores)), []
+        for word, origin in zip(reversed(words), reversed(back), strict=True):
+            chosen.append(word.forms[best])
+            best = origin[best]
+        return chosen[::-1]
+
+    def likely_forms(
+        self, words: Sequence[Word], sentences: Sequence[int], chosen: Sequence[str], i: int
+    ) -> dict[str, float]:
+        """Returns the log-probabilities, by the counts, of the forms of word ``i`` that are likely
+        between its neighbors."""
+        forms = words[i].forms
+        if len(forms) == 1:
+            return {forms[0]: 0.0}
+        has_previous = i > 0 and sentences[i - 1] == sentences[i]
+        has_next = i + 1 < len(words) and sentences[i + 1] == sentences[i]
+        found = {}
+        for form in forms:
+            found[form] = self.log_prob(form, chosen[i - 1] if has_previous else None)
+            if has_next:
+                found[form] += self.log_prob(chosen[i + 1], form)
+        least = max(found.values()) - MAX_LOG_ODDS
+        return {form: value for form, value in found.items() if value >= least}
+
+
+def restore(
+    model: HRMModel, text: str, *, force: bool = False, min_p: float = 0.0, precision: str = "auto"
+) -> str:
+    """Restores the accents, ñ and ü of a text. Nothing else in it changes.
+
+    Args:
+        model: pretrained on text.
+        force: also reconsider words that have marks.
+        min_p: leave words as they are whose best form is less probable than this.
+
+    Raises:
+        HRMError: the model has no n-gram counts, or was finetuned.
+    """
+    letters = list(text)
+    for begin, end, form, prob in Restorer(model, precision).restore_words(text, force):
+        if prob >= min_p:
+            letters[begin:end] = form
+    return "".join(letters)
+
+
+def window(letters: Sequence[str], word: Word, begin: int, end: int) -> tuple[str, str]:
+    """Returns the text before and after a word that is scored with it.
+
+    Args:
+        letters: of the whole text.
+        begin, end: of the word's sentence.
+    """
+    first = word.begin - N_BEFORE
+    if first > begin:
+        spaces = (i for i in range(first, word.begin) if letters[i].isspace())
+        begin = next(spaces, first)
+    last = min(end, word.end + N_AFTER)
+    before, after = ("".join(letters[a:b]) for a, b in ((begin, word.begin), (word.end, last)))
+    before, after = (re.sub(r"\s+", " ", part) for part in (before, after))
+    before, after = (part.encode(errors="replace").decode() for part in (before, after))
+    return before.lstrip(), after.rstrip()
+
+
+@torch.inference_mode()
+def text_log_probs(model: HRMModel, texts: Sequence[bytes], dtype: torch.dtype) -> list[float]:
+    """Returns the log-probability of each text, as the beginning of a document."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    log_probs = [0.0] * len(texts)
+    while order:
+        n = max(1, min(len(order), BATCH_TOKENS // max(1, len(texts[order[-1]]))))
+        group = [order.pop() for _ in range(n)]
+        adapt_threads()
+        inputs, targets = (
+            pad([[BOS, *texts[i][:-1]] for i in group]),
+            pad([texts[i] for i in group]),
+        )
+        batch = Batch(torch.full((n, 1), BOS), inputs, targets).to(model.device)
+        with eval_mode(model), autocast(model.device, dtype):
+            nll = model.nll(*batch).mixture
+        for i, value in zip(group, nll.tolist(), strict=True):
+            log_probs[i] = -value
+    return log_probs
