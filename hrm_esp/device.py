@@ -60,7 +60,7 @@ def own_gpu(index: int | None = None) -> torch.device:
         HRMError: several processes of this machine would share it.
     """
     if local_world_size() == 1:
-        return torch.device("cuda", index)
+        return torch.device("cuda" if index is None else f"cuda:{index}")
     if index is not None:
         raise HRMError("give --device cuda, without a number: each process takes a GPU of its own")
     return torch.device("cuda", local_rank() % max(1, torch.cuda.device_count()))

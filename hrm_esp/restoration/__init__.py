@@ -1,6 +1,6 @@
 """Restoring accents, ñ and ü."""
 
 from .blocks import TextBlocks as TextBlocks
-from .restore import Restorer as Restorer
-from .restore import WordForm as WordForm
-from .restore import restore as restore
+from .restorer import Restorer as Restorer
+from .restorer import WordForm as WordForm
+from .restorer import restore as restore

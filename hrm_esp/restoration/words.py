@@ -20,8 +20,9 @@ MARKED = frozenset("áéíóúÁÉÍÓÚñÑüÜ")
 MAX_TILDES = 3  # an n or u in a word that may have a mark
 WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f])*")  # letters and combining marks
 EDGES = re.compile(r"^[\W_]+|[\W_]+$")
-# What only an address, a file name, code or a damaged text has between its first and last letter.
-CODE = re.compile(r"[\d@_\\/={}<>#$%^*+|~`&]|\w(?:[.:]|::)\w|\w[(\[]|[a-z][A-Z]|[\ud800-\udfff]")
+# What addresses, file names, code and damaged text have, anywhere or only between two letters.
+CODE = re.compile(r"[@\\={}<>$^|~`\ud800-\udfff]")
+CODE_INSIDE = re.compile(r"[\d_/#%*+&]|\w(?:[.:]|::)\w|\w[(\[]|[a-z][A-Z]")
 # Where a sentence ends, or a line that the next one does not continue.
 BREAK = re.compile(r"(?<=[.!?…])\s+|\s*[\r\n]\s*(?=[^\sa-záéíóúñü])|[^\S\n]*\n[^\S\n]*\n\s*")
 
@@ -42,7 +43,7 @@ def find_words(text: str, force: bool = False) -> Iterator[Word]:
         force: words with marks may have other forms, too.
     """
     for chunk in re.finditer(r"\S+", text):
-        is_code = CODE.search(EDGES.sub("", chunk[0])) is not None
+        is_code = CODE.search(chunk[0]) or CODE_INSIDE.search(EDGES.sub("", chunk[0]))
         for match in WORD.finditer(text, chunk.start(), chunk.end()):
             word = match[0]
             is_open = word.isascii() or (force and all(c.isascii() or c in MARKED for c in word))

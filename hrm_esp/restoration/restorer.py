@@ -28,7 +28,7 @@ from ..tokenizer import BOS
 from .words import Word, find_words, sentence_ends
 
 PRIOR = 200  # occurrences
-UNSEEN = 0.1  # occurrences of a form that has none
+UNSEEN = 0.1  # more occurrences of each form
 MAX_LOG_ODDS = 4.0  # nats by which a form may be less likely by the counts and still be scored
 COUNT_WEIGHT = 0.5  # of the counts' log-odds beside the model's, which knows the counts, too
 N_BEFORE, N_AFTER = 80, 32  # characters around a word that are scored with it
@@ -82,6 +82,7 @@ class Restorer:
         for word, form in zip(words, chosen, strict=True):
             letters[word.begin : word.end] = form
         # Step 3: score the forms that are nearly as likely.
+        max_len = self.model.config.max_len
         log_odds: list[dict[str, float]] = []
         rows: list[tuple[int, str, bytes]] = []
         for i, (word, sentence) in enumerate(zip(words, sentences, strict=True)):
@@ -89,8 +90,9 @@ class Restorer:
             log_odds.append(likely)
             if len(likely) > 1:
                 begin, end = ends[sentence - 1] if sentence else 0, ends[sentence]
-                before, after = window(letters, word, begin, end)
-                rows += [(i, form, "".join((before, form, after)).encode()) for form in likely]
+                before, after = window(letters, word, begin, end, max_len)
+                for form in likely:
+                    rows.append((i, form, (before + form.encode() + after)[:max_len]))
         scores = text_log_probs(self.model, [row for *_, row in rows], self.dtype)
         for (i, form, _), score in zip(rows, scores, strict=True):
             log_odds[i][form] = COUNT_WEIGHT * log_odds[i][form] + score
@@ -174,22 +176,22 @@ def restore(
     return "".join(letters)
 
 
-def window(letters: Sequence[str], word: Word, begin: int, end: int) -> tuple[str, str]:
-    """Returns the text before and after a word that is scored with it.
+def window(letters: Sequence[str], word: Word, begin: int, end: int, max_len: int) -> list[bytes]:
+    """Returns the text before and after a word that is scored with it, at most about ``max_len``
+    bytes in all.
 
     Args:
         letters: of the whole text.
         begin, end: of the word's sentence.
     """
-    first = word.begin - N_BEFORE
+    n_before, n_after = min(N_BEFORE, max_len // 2), min(N_AFTER, max_len // 8)
+    first = word.begin - n_before
     if first > begin:
         spaces = (i for i in range(first, word.begin) if letters[i].isspace())
         begin = next(spaces, first)
-    last = min(end, word.end + N_AFTER)
-    before, after = ("".join(letters[a:b]) for a, b in ((begin, word.begin), (word.end, last)))
-    before, after = (re.sub(r"\s+", " ", part) for part in (before, after))
-    before, after = (part.encode(errors="replace").decode() for part in (before, after))
-    return before.lstrip(), after.rstrip()
+    before = "".join(letters[begin : word.begin]).lstrip()
+    after = "".join(letters[word.end : min(end, word.end + n_after)]).rstrip()
+    return [re.sub(r"\s+", " ", part).encode(errors="replace") for part in (before, after)]
 
 
 @torch.inference_mode()
