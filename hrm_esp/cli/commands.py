@@ -7,14 +7,10 @@ at once.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +29,13 @@ from ..json_lines import to_json
 from ..launch import launched_rank
 from ..options import check_bounds
 from ..streams import STDERR, flush_stdout, require_stdout
+from .common import choose_device, clean_argument, load_model
 from .parser import from_args, options
+from .text_commands import evaluate, pairs, plans, plot, restore
 
 if TYPE_CHECKING:
-    import torch
-
     from ..data import Table
     from ..generation import Completion
-    from ..model import HRMModel
     from ..training import TrainResult
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -82,14 +77,6 @@ def finetune(args: argparse.Namespace) -> None:
     print_result(train_ft(args.table or NUMBERS, start, train_options, val=args.val, device=device))
 
 
-def choose_device(args: argparse.Namespace) -> torch.device:
-    """Returns the device of --device and --cpu, and sets the number of CPU threads."""
-    from .. import device
-
-    device.limit_to_usable_cpus()
-    return device.choose_device(args.device, args.cpu)
-
-
 def print_result(result: TrainResult) -> None:
     """Prints the score and the best checkpoint, in the first process. The run is over: it is no
     error if they cannot be printed."""
@@ -105,34 +92,29 @@ def print_result(result: TrainResult) -> None:
     flush_stdout()
 
 
-def load_model(args: argparse.Namespace) -> HRMModel:
-    gc.disable()  # imports create no garbage, and looking for it takes 0.1 s
-    try:
-        from .. import training
-        from ..device import start_adapting_threads
-
-        model = training.load_model(args.ckpt, choose_device(args))
-        start_adapting_threads()
-        gc.freeze()
-    finally:
-        gc.enable()
-    return model
-
-
 def generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and args.prompts is not None:
         raise HRMError("give --prompt or --prompts, not both")
     check_bounds("num_samples", args.num_samples, low=1, high=MAX_COUNT)
+    if args.batch_size is None:  # what comes through a pipe is answered line by line
+        args.batch_size = 32 if args.prompts is None or Path(args.prompts).is_file() else 1
     check_bounds("batch_size", args.batch_size, low=1, high=MAX_WIDTH)
     if args.out is None:
         require_stdout()
     else:
         check_out(args)
+    is_single = args.prompts is None and args.num_samples == 1 and not args.json
+    is_single = is_single and args.out is None
     prompt = clean_argument(args.prompt or "")
     if "stop" in args:
         args.stop = [clean_argument(s) for s in args.stop]
     config = from_args(GenerationConfig, args)
     model = load_model(args)
+    if is_single and args.prompt is None and is_terminal():
+        from .conversation import converse
+
+        converse(model, config)
+        return
 
     from ..generation import generate_batch, stream
 
@@ -145,7 +127,7 @@ def generate(args: argparse.Namespace) -> None:
         prompts = prompts if args.keep_blank else without_blanks(prompts)
     if mode == "answer":
         prompts = warn_if_cut(prompts, model.config.max_len)
-    if args.prompts is None and args.num_samples == 1 and not args.json and args.out is None:
+    if is_single:
         (prompt,) = prompts
         characters = stream(model, prompt, config)
         if mode == "continue":
@@ -170,6 +152,11 @@ def generate(args: argparse.Namespace) -> None:
             print(f"{text}\n", flush=True)  # a blank line between two texts
         else:
             print(" ".join(text.splitlines()), flush=True)  # one text per line
+
+
+def is_terminal() -> bool:
+    """Whether someone sits at the keyboard and reads what is printed."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def read_prompt_table(args: argparse.Namespace) -> Table | None:
@@ -228,13 +215,6 @@ def check_out(args: argparse.Namespace) -> None:
         raise HRMError(f"-o would overwrite {args.prompts}: give another file")
 
 
-def clean_argument(argument: str) -> str:
-    """Returns a text from the command line without bytes that are not UTF-8, its line breaks as
-    LF."""
-    text = os.fsencode(argument).decode(errors="ignore")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def read_prompts(path: str, encoding: str) -> Iterator[str]:
     """Yields the lines of a file, or of standard input as they come; blank ones too."""
     from ..data.text import TextStats, guess_and_read, read_lines
@@ -286,125 +266,6 @@ def without_blanks(prompts: Iterable[str]) -> Iterator[str]:
             yield prompt
     if n_blank:
         print(f"skipped {n_blank:,} blank prompts (--keep_blank keeps them)", file=STDERR)
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    require_stdout()
-    check_bounds("batch_size", args.batch_size, low=1, high=MAX_WIDTH)
-    from ..data import is_table
-
-    of_table, of_text = ("prompt_col", "target_col", "lm"), ("sep", "keep_licence")
-    for name in of_text if is_table(args.file) else of_table:
-        if getattr(args, name):
-            kind = "a text" if is_table(args.file) else "a table"
-            raise HRMError(f"--{name} is for {kind}: leave it out")
-    model = load_model(args)
-
-    from .. import evaluation
-
-    score = evaluation.evaluate(
-        model,
-        args.file,
-        encoding=args.encoding,
-        sep=args.sep,
-        keep_licence=args.keep_licence,
-        prompt_col=args.prompt_col,
-        target_col=args.target_col,
-        lm=args.lm,
-        precision=args.precision,
-        batch_size=args.batch_size,
-        show_progress=True,
-        predictions=args.predictions,
-    )
-    print(to_json(asdict(score)) if args.json else score)
-
-
-def restore(args: argparse.Namespace) -> None:
-    require_stdout()
-    check_bounds("min_p", args.min_p, low=0, high=1)
-    if args.diff and args.json:
-        raise HRMError("give --diff or --json, not both")
-
-    from ..restoration import Restorer, TextBlocks
-    from ..training import find_checkpoint
-
-    blocks = TextBlocks(args.file, args.encoding)
-    if args.ckpt is None:
-        args.ckpt = find_checkpoint(DEFAULT_DIR, ("pretrain",))
-    restorer = Restorer(load_model(args))
-    n_words = n_changed = n_unsure = 0
-    line = 1
-    for text in blocks:
-        letters, counted = list(text), 0
-        for begin, end, form, prob in restorer.restore_words(text, args.force):
-            n_words += 1
-            if form == (word := text[begin:end]):
-                continue
-            is_sure = prob >= args.min_p
-            n_changed, n_unsure = n_changed + is_sure, n_unsure + (not is_sure)
-            if is_sure:
-                letters[begin:end] = form
-            line, counted = line + text.count("\n", counted, begin), begin
-            if args.json:
-                found = {"line": line, "word": word, "form": form, "p": prob, "changed": is_sure}
-                print(to_json(found), flush=True)
-            elif args.diff and is_sure:
-                print(f"{line}: {word} -> {form} {prob:.2f}", flush=True)
-        line += text.count("\n", counted)
-        if not (args.diff or args.json):
-            sys.stdout.buffer.write(blocks.encode("".join(letters)))
-            sys.stdout.buffer.flush()
-    unsure = f", {n_unsure:,} left as unsure" if args.min_p else ""
-    print(f"{n_words:,} words, {n_changed:,} changed{unsure}", file=STDERR)
-
-
-def pairs(args: argparse.Namespace) -> None:
-    check_bounds("max_bytes", args.max_bytes, low=1, high=MAX_COUNT)
-
-    from ..data import accent_pairs
-    from ..files import atomic_write
-
-    rows = accent_pairs(args.text, args.max_bytes, args.encoding)
-    lines = (f"{prompt}\t{target}\n" for prompt, target in rows)
-    if args.out is None:
-        require_stdout()
-        sys.stdout.writelines(lines)
-        return
-    out = Path(args.out).resolve()
-    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
-        raise HRMError(f"cannot write {args.out}: give a file in a folder that exists")
-    if out.exists() and Path(args.text).exists() and out.samefile(args.text):
-        raise HRMError(f"-o would overwrite {args.text}: give another file")
-    n = 0
-    with atomic_write(out) as file:
-        for line in lines:
-            file.write(line.encode())
-            n += 1
-        if not n:
-            raise HRMError(f"no sentence of at most {args.max_bytes} bytes in {args.text}")
-    print(f"{n:,} pairs in {args.out}")
-
-
-def plans(args: argparse.Namespace) -> None:
-    require_stdout()
-    model = load_model(args)
-
-    from ..analysis.plans import as_dicts, compute_plans, draw_map, read_texts, report
-
-    texts = read_texts(map(clean_argument, args.texts), args.encoding, model.config.sep)
-    found = compute_plans(model, list(texts))
-    for line in map(to_json, as_dicts(found)) if args.json else report(found):
-        print(line)
-    if args.out is not None:
-        draw_map(found, args.out)
-        print(f"\n{args.out}", file=STDERR if args.json else sys.stdout)
-
-
-def plot(args: argparse.Namespace) -> None:
-    from ..analysis import plot as analysis_plot
-
-    analysis_plot.plot(args.folders, args.out)
-    print(args.out)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -29,71 +29,13 @@ from ..config import (
     PretrainConfig,
 )
 from ..errors import HRMError
+from .examples import EXAMPLES
 
 Config = TypeVar("Config")
 DESCRIPTION = "A byte-level language model for Spanish with a Planner and an Executor."
 TRAIN_GROUPS = ("data", "model", "training", "run")
 TYPES = {"int": int, "float": float, "str": str}
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-EXAMPLES = {
-    "": """\
-examples:
-  hrm-esp pretrain                        on the bundled stories, 10 minutes
-  hrm-esp finetune                        on the bundled numbers in words
-  hrm-esp generate --prompt "4827"        cuatro mil ochocientos veintisiete
-  hrm-esp COMMAND --help                  the flags of a command
-""",
-    "pretrain": """\
-examples:
-  hrm-esp pretrain corpus.txt
-  hrm-esp pretrain books/ --val held_out.txt --minutes 60
-  hrm-esp pretrain old.txt --encoding cp1252 --size tiny --epochs 3
-  hrm-esp pretrain poems.txt --sep stanza
-  hrm-esp pretrain corpus.txt --set optimizer=adamw --set lr=1e-3
-""",
-    "finetune": """\
-examples:
-  hrm-esp finetune data.tsv
-  hrm-esp finetune data.tsv --ckpt checkpoints/pretrain_last.pt --minutes 15
-  hrm-esp finetune data.tsv --from_scratch --size tiny
-  hrm-esp finetune data.csv --prompt_col frase --target_col corregida
-""",
-    "generate": """\
-examples:
-  hrm-esp generate --prompt "En un lugar de la Mancha"
-  hrm-esp generate --prompt "La casa" --temperature 0.6 --top_k 40 --seed 1
-  hrm-esp generate --ckpt checkpoints/pretrain_best.pt --mode continue --max_new_tokens 200
-  hrm-esp generate --prompt "Había una vez" --num_samples 5 --stop "."
-  hrm-esp generate --prompts questions.csv -o answers.csv
-""",
-    "evaluate": """\
-examples:
-  hrm-esp evaluate book.txt
-  hrm-esp evaluate held_out.csv --ckpt checkpoints/finetune_best.pt --json
-""",
-    "restore": """\
-examples:
-  hrm-esp restore letter.txt > restored.txt
-  echo "Manana volvere a Malaga" | hrm-esp restore
-  hrm-esp restore letter.txt --diff --min_p 0.9
-""",
-    "pairs": """\
-examples:
-  hrm-esp pairs corpus.txt -o accents.tsv
-  hrm-esp finetune accents.tsv
-""",
-    "plans": """\
-examples:
-  hrm-esp plans corpus.txt
-  hrm-esp plans "Había una vez" "El mar está lejos" -o map.png
-  hrm-esp plans corpus.txt --json > plans.jsonl
-""",
-    "plot": """\
-examples:
-  hrm-esp plot checkpoints
-  hrm-esp plot small base -o comparison.svg
-""",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -178,7 +120,11 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     groups = {n: parser.add_argument_group(n) for n in ("input", "sampling", "plan", "run")}
     add = groups["input"].add_argument
-    add("--prompt", help="text to continue or to answer (default: empty)")
+    add(
+        "--prompt",
+        help="text to continue or to answer (default: on a terminal, ask for one line after "
+        "another; else empty)",
+    )
     add(
         "--prompts",
         metavar="FILE",
@@ -203,8 +149,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_ckpt(groups["input"])
     add_fields(groups, GenerationConfig)
     groups["run"].add_argument(
-        "--batch_size", type=int, default=32, metavar="N",
-        help="texts generated together (default: 32)",
+        "--batch_size", type=int, metavar="N",
+        help="texts generated together (default: 32; 1 for --prompts - from a pipe)",
     )  # fmt: skip
     _add_device(groups["run"])
 
@@ -225,7 +171,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--target_col", metavar="COLUMN", help=TARGET_COL_HELP)
     add("--lm", action="store_true", help=LM_HELP)
     add = groups["results"].add_argument
-    add("--json", action="store_true", help="print a JSON object")
+    add(
+        "--by",
+        choices=("word", "line", "byte"),
+        help="print the bits of each word, line or byte, and of the targets of a table, as TSV",
+    )
+    add("--html", metavar="FILE", help="write a page here that shades the words by their bits")
+    add("--json", action="store_true", help="print a JSON object, with --by one per row")
     add("--predictions", metavar="FILE", help="write prompt, target and answer of each row here")
     add = groups["run"].add_argument
     add("--batch_size", type=int, default=16, metavar="N", help="windows per batch (default: 16)")

@@ -106,11 +106,11 @@ class Answer(NamedTuple):
 
 @torch.inference_mode()
 def batch_bits(model: HRMModel, batch: Batch, dtype: torch.dtype) -> np.ndarray:
-    """Returns the bits of the targets of each row, (B,)."""
+    """Returns the bits of each target, (B, T), 0 at PAD."""
     adapt_threads()
     batch = batch.to(model.device)
     with autocast(model.device, dtype):
-        nll = model.nll(*batch).mixture
+        nll = model.target_nll(*batch)
     return nll.cpu().double().numpy() / math.log(2)  # on the CPU first: MPS has no float64
 
 
@@ -156,6 +156,30 @@ def scoring_windows(
     )
 
 
+def byte_bits(
+    model: HRMModel,
+    stream: ByteStream,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Returns the bits of each byte of a stream, (N,), in windows of ``max_len``, ``batch_size`` at
+    a time."""
+    max_len = model.config.max_len
+    last = window_start(len(stream), max_len)
+    starts = range(0, last + 1, window_stride(max_len))
+    # The first window is a batch of its own: its Planner reads BOS only, the rest would be PAD.
+    groups = [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]
+    bits = []
+    with eval_mode(model):
+        for group in groups:
+            batch = scoring_windows(stream, max_len, group, model.config.preceding_len)
+            bits.append(batch_bits(model, batch, dtype)[(batch.y_out != PAD).numpy()])
+            if progress is not None:
+                progress(len(bits[-1]))
+    return np.concatenate(bits)
+
+
 def score_stream(
     model: HRMModel,
     stream: ByteStream,
@@ -163,20 +187,9 @@ def score_stream(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> TextScore:
-    """Scores a stream (N,) in windows of ``max_len``, ``batch_size`` at a time."""
-    max_len = model.config.max_len
-    last = window_start(len(stream), max_len)
-    starts = range(0, last + 1, window_stride(max_len))
-    # The first window is a batch of its own: its Planner reads BOS only, the rest would be PAD.
-    groups = [starts[:1], *(starts[i : i + batch_size] for i in range(1, len(starts), batch_size))]
-    bits = 0.0
-    with eval_mode(model):
-        for group in groups:
-            batch = scoring_windows(stream, max_len, group, model.config.preceding_len)
-            bits += float(batch_bits(model, batch, dtype).sum())
-            if progress is not None:
-                progress(batch.n_targets)
-    return TextScore(bits / len(stream), len(stream))
+    """Scores a stream (N,); arguments as in `byte_bits`."""
+    bits = byte_bits(model, stream, dtype, batch_size, progress)
+    return TextScore(float(bits.sum()) / len(stream), len(stream))
 
 
 def pair_bits(
@@ -189,7 +202,7 @@ def pair_bits(
         for pairs in data.groups(batch_size, np.arange(len(data))):
             batch = data.collate(pairs)
             n_tokens = (batch.y_out != PAD).sum(1).numpy()
-            rows.append(np.stack((batch_bits(model, batch, dtype), n_tokens), axis=1))
+            rows.append(np.stack((batch_bits(model, batch, dtype).sum(1), n_tokens), axis=1))
     return np.concatenate(rows)
 
 

@@ -23,7 +23,7 @@ from .planner import EncoderOutput
 
 
 class TargetLoss(NamedTuple):
-    """Negative log-likelihood of the targets of each row, in nats, (B,): of the ``mixture``, of the
+    """Negative log-likelihood of each target, in nats, (B, T), 0 at PAD: of the ``mixture``, of the
     ``network`` alone and of the ``counts`` alone, 0 without n-gram counts. ``plan_log_probs``
     (B, V) are the log-probabilities at [PLAN]."""
 
@@ -123,18 +123,17 @@ class Executor(nn.Module):
             logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="none"
         ).view(targets.shape)[:, 1:]
         if self.ngrams is None:
-            alone = network.sum(1)
-            return TargetLoss(alone, alone, torch.zeros_like(alone), plan_log_probs)
+            return TargetLoss(network, network, torch.zeros_like(network), plan_log_probs)
         # Step 3: the mixture of both.
         ngrams = self.ngrams
 
         def target_nll(base_probs: Tensor | float, gate_logits: Tensor) -> Tensor:
             probs = ngrams.target_probs(base_probs, gate_logits, found, continuation_count)
-            return -torch.where(y_out != PAD, probs.view(y_out.shape), 1.0).log().sum(1)
+            return -torch.where(y_out != PAD, probs.view(y_out.shape), 1.0).log()
 
         mixture = target_nll((-network).exp().flatten(), ngrams.gate_logits(found, states[:, 1:]))
         counts = target_nll(1 / VOCAB_SIZE, count_logits)
-        return TargetLoss(mixture, network.sum(1), counts, plan_log_probs)
+        return TargetLoss(mixture, network, counts, plan_log_probs)
 
     def hidden_states(
         self,

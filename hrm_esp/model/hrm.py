@@ -86,9 +86,25 @@ class HRMModel(nn.Module):
         plan, encoded = self.encode_prompt(prompt_ids, cross_attends)
         losses = self.executor.nll(y_in, y_out, plan.plan, encoded, preceding_ids, leave_one_out)
         plan_bow = bag_of_words_nll(losses.plan_log_probs, prompt_ids)
-        return LossTerms(
-            losses.mixture, losses.network, losses.counts, plan_bow, plan.code_logits, plan.pooled
+        mixture, network, counts = (
+            loss.sum(1) for loss in (losses.mixture, losses.network, losses.counts)
         )
+        return LossTerms(mixture, network, counts, plan_bow, plan.code_logits, plan.pooled)
+
+    def target_nll(
+        self,
+        prompt_ids: Tensor,
+        y_in: Tensor,
+        y_out: Tensor,
+        cross_attends: Tensor | None = None,
+        preceding_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Computes the negative log-likelihood of each target, in nats, (B, T), 0 at PAD.
+
+        Arguments as in `nll`.
+        """
+        plan, encoded = self.encode_prompt(prompt_ids, cross_attends)
+        return self.executor.nll(y_in, y_out, plan.plan, encoded, preceding_ids).mixture
 
     def encode_prompt(
         self, prompt_ids: Tensor, cross_attends: Tensor | None

@@ -75,7 +75,7 @@ def bits_by_plan(model: HRMModel, path: str, n: int) -> dict[str, np.ndarray]:
         ("of an unrelated window", own.roll(n // 2, 0)),
     ):
         parts = zip(y_in, y_out, plans.split(BATCH_SIZE), strict=True)
-        nll = torch.cat([model.executor.nll(*part).network for part in parts])
+        nll = torch.cat([model.executor.nll(*part).network.sum(1) for part in parts])
         bits[name] = nll.numpy() / np.log(2)
     return bits
 

@@ -1,0 +1,102 @@
+"""Surprisal: the bits of each word, line or byte of a text, or of the targets of a table.
+
+A word ends before the next one begins: the space after it, or the line break, is part of it. So the
+bits of all words, lines or bytes add up to the score of the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..data import ByteStream, TSVDataset
+from ..data.text import LINE_BREAK
+from ..device import eval_mode
+from ..model import HRMModel
+from ..tokenizer import PAD
+from .scoring import Progress, batch_bits, byte_bits
+
+WORD = re.compile(r"(?:^\s+)?\S+\s*|^\s+$")
+LINE = re.compile(rf"[^\n{LINE_BREAK}]*[\n{LINE_BREAK}]?".encode())
+
+
+class Surprisal(NamedTuple):
+    """A part of a text: its line, its number in the line, both from 1, its text, its bits and its
+    bytes. Lines are counted without blank ones; of a table, its rows."""
+
+    line: int
+    number: int
+    text: str
+    bits: float
+    n_bytes: int
+
+
+def text_surprisals(
+    model: HRMModel,
+    stream: ByteStream,
+    by: str,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Iterator[Surprisal]:
+    """Yields the surprisal of each part of a stream.
+
+    Args:
+        by: ``word``, ``line`` or ``byte``.
+    """
+    bits = byte_bits(model, stream, dtype, batch_size, progress)
+    begin = 0
+    for number, line in enumerate(filter(None, LINE.findall(bytes(stream))), 1):
+        end = begin + len(line)
+        yield from split_line(number, line, bits[begin:end], by)
+        begin = end
+
+
+def target_surprisals(
+    model: HRMModel,
+    data: TSVDataset,
+    by: str,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Iterator[Surprisal]:
+    """Yields the surprisal of each part of the targets of a table, given their prompts; the end of
+    a target is a byte of it. Arguments as in `text_surprisals`."""
+    bits = {}
+    with eval_mode(model):
+        for pairs in data.groups(batch_size, np.arange(len(data))):
+            batch = data.collate(pairs)
+            is_target = (batch.y_out != PAD).numpy()
+            for pair, row, mask in zip(
+                pairs, batch_bits(model, batch, dtype), is_target, strict=True
+            ):
+                bits[pair] = row[mask]
+            if progress is not None:
+                progress(len(pairs))
+    for number, pair in enumerate(data, 1):
+        yield from split_line(number, (pair.target + b"\n")[: len(bits[pair])], bits[pair], by)
+
+
+def split_line(number: int, line: bytes, bits: np.ndarray, by: str) -> Iterator[Surprisal]:
+    """Yields the parts of a line (N bytes), given the bits of each byte, (N,)."""
+    if by == "byte":
+        for i, (byte, value) in enumerate(zip(line, bits, strict=True), 1):
+            yield Surprisal(number, i, show_byte(byte), float(value) + 0.0, 1)
+        return
+    text = line.decode()
+    parts = [text] if by == "line" else [match[0] for match in WORD.finditer(text)]
+    begin = 0
+    for i, part in enumerate(parts, 1):
+        end = begin + len(part.encode())
+        shown = " ".join(part.split())
+        yield Surprisal(number, i, shown, float(bits[begin:end].sum()) + 0.0, end - begin)
+        begin = end
+
+
+def show_byte(byte: int) -> str:
+    """Returns a byte as an ASCII character, or as an escape."""
+    return chr(byte) if 32 < byte < 127 else f"\\x{byte:02x}"
