@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+command_line = ""  # the command that this process was started with, if it was one of hrm-esp
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set for each process
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -31,7 +32,7 @@ from ..options import check_bounds
 from ..streams import STDERR, flush_stdout, require_stdout
 from .common import choose_device, clean_argument, load_model
 from .parser import from_args, options
-from .text_commands import evaluate, pairs, plans, plot, restore
+from .text_commands import evaluate, info, pairs, plans, plot, restore
 
 if TYPE_CHECKING:
     from ..data import Table
@@ -275,6 +276,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": evaluate,
     "restore": restore,
     "pairs": pairs,
+    "info": info,
     "plans": plans,
     "plot": plot,
 }

@@ -49,6 +49,12 @@ examples:
   hrm-esp pairs corpus.txt -o accents.tsv
   hrm-esp finetune accents.tsv
 """,
+    "info": """\
+examples:
+  hrm-esp info
+  hrm-esp info checkpoints/pretrain_last.pt
+  hrm-esp info checkpoints --card es > README.md
+""",
     "plans": """\
 examples:
   hrm-esp plans corpus.txt

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from .. import launch
 from ..errors import HRMError, Interrupted, PeerLost
 from ..launch import launched_rank
 from ..streams import STDERR, discard_output, flush_stdout, prepare_standard_streams
@@ -30,6 +31,7 @@ def run_command(argv: Sequence[str]) -> int:
         args = parse_command_line(argv)
     except HRMError as error:  # the same in all processes: only the first reports it
         return 2 if launched_rank() else report_error(str(error))
+    launch.command_line = shlex.join(["hrm-esp", *argv])
     try:
         COMMANDS[args.command](args)
         if sys.stdout is not None:

@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("evaluate", _add_evaluate, "Score a model on a text, or on a table of pairs."),
         ("restore", _add_restore, "Restore the accents, ñ and ü of a text."),
         ("pairs", _add_pairs, "Make pairs for restoring accents from a text."),
+        ("info", _add_info, "Describe a checkpoint and the files of its run."),
         ("plans", _add_plans, "Show what the plans of texts stand for."),
         ("plot", _add_plot, "Draw the curves of runs."),
     ):
@@ -228,6 +229,19 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     _add_encoding(parser)
 
 
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "ckpt",
+        nargs="?",
+        default=DEFAULT_DIR,
+        metavar="CKPT",
+        help=f"checkpoint, or the folder of a run (default: {DEFAULT_DIR})",
+    )
+    parser.add_argument(
+        "--card", choices=("es", "en"), help="print a model card in Spanish or English instead"
+    )
+
+
 def _add_plans(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "texts",
@@ -267,7 +281,7 @@ def _add_ckpt(parser: Any) -> None:
     parser.add_argument(
         "--ckpt",
         metavar="FILE",
-        help=f"checkpoint (default: best checkpoint of the newest run in {DEFAULT_DIR})",
+        help=f"checkpoint, or the folder of a run (default: {DEFAULT_DIR})",
     )
 
 

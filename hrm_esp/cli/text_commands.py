@@ -193,6 +193,18 @@ def pairs(args: argparse.Namespace) -> None:
     print(f"{n:,} pairs in {args.out}")
 
 
+def info(args: argparse.Namespace) -> None:
+    require_stdout()
+
+    from ..analysis.info import card, describe
+
+    if args.card is not None:
+        print(card(args.ckpt, args.card))
+        return
+    for line in describe(args.ckpt):
+        print(line)
+
+
 def plans(args: argparse.Namespace) -> None:
     require_stdout()
     model = load_model(args)

@@ -23,6 +23,7 @@ from .weights import compact_weights, expand_weights, pack_counts, without_count
 
 FORMAT = 10  # raised by every change after which older files cannot be read
 STAGES = ("pretrain", "finetune")
+TEXT_FACTS = ("bytes", "documents", "sep", "encoding")  # of a training text, beside its ``data``
 COUNT = {"low": 0, "high": 2**53}  # bounds of a field that counts something
 # Of bits per byte: rounding may make them negative, and a byte of probability 0 infinite.
 BITS = {"low": -1, "high": 1e30, "finite": False}
@@ -32,7 +33,8 @@ BITS = {"low": -1, "high": 1e30, "finite": False}
 class Checkpoint:
     """The weights of a model, and what produced them.
 
-    ``val_bpb``: held-out bits per byte, if measured. ``counts``: the n-gram counts as they are
+    ``val_bpb``: held-out bits per byte, if measured. ``origin``: for each stage what it was trained
+    on, when and how, see `RunFolder`. ``counts``: the n-gram counts as they are
     stored, if they were packed before; of a large corpus that takes seconds. ``training``: what
     resuming needs, in ``{stage}_state.pt`` only, whose weights lack the n-gram counts.
     """
@@ -44,6 +46,7 @@ class Checkpoint:
     bytes_seen: int = field(default=0, metadata=COUNT)
     val_bpb: float | None = field(default=None, metadata=BITS)
     version: str = ""
+    origin: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, Tensor] | None = None
     training: dict[str, Any] | None = None
 
@@ -96,18 +99,16 @@ def save_checkpoint(checkpoint: Checkpoint, path: PathLike) -> None:
 
 
 def load_checkpoint(path: PathLike) -> Checkpoint:
-    """Reads a checkpoint onto the CPU. Verifies its checksums, and that its weights are those of a
-    model of its config.
+    """Reads a checkpoint onto the CPU; of a folder the best one of its newest run. Verifies its
+    checksums, and that its weights are those of a model of its config.
 
     Raises:
-        HRMError: missing, a folder, damaged, not from hrm-esp, from another version of it, or with
+        HRMError: missing, damaged, not from hrm-esp, from another version of it, or with
             weights that no model has.
     """
     path = Path(path)
     if path.is_dir():
-        raise HRMError(
-            f"{path} is a folder: give a checkpoint in it, such as {path}/pretrain_best.pt"
-        )
+        path = find_checkpoint(path)
     if not path.is_file():  # a device may have no end
         raise HRMError(f"no checkpoint {path}: run hrm-esp pretrain first, or give --ckpt")
     content = read_archive(path)
@@ -126,13 +127,25 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
         counts = content.pop("counts", None)
         checkpoint = Checkpoint(**content)
         check_fields(checkpoint)
+        check_origin(checkpoint.origin)
         is_state = checkpoint.training is not None
         checkpoint.weights = expand_weights(checkpoint.weights, counts, config, is_state)
-    except (TypeError, KeyError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise foreign from error
     except HRMError as error:
         raise HRMError(f"{path} is not a usable checkpoint: {error}; use another one") from error
     return checkpoint
+
+
+def check_origin(origin: Any) -> None:
+    """Raises TypeError if this is not the `Checkpoint.origin` that a run writes."""
+    for stage, known in dict(origin).items():
+        for name, value in dict(known).items():
+            kind = int if name in ("bytes", "documents", "rows") else str
+            if stage not in STAGES or type(name) is not str or type(value) is not kind:
+                raise TypeError
+        if "data" in known and not ("rows" in known or {*TEXT_FACTS} <= known.keys()):
+            raise TypeError
 
 
 def read_archive(path: Path) -> Any:

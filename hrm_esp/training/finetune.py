@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,6 +103,7 @@ def train_ft(
             options,
             stage="finetune",
             data_id=f"{len(data)}:{zlib.crc32(repr(data.pairs).encode()):08x}",
+            origin=checkpoint.origin | {"finetune": {"data": Path(tsv).name, "rows": len(data)}},
             validate=validate if len(held_out) else None,
             resumed=resumed,
         )

@@ -108,11 +108,26 @@ def train_lm(
             options,
             stage="pretrain",
             data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
+            origin={"pretrain": describe_data(corpus, len(stream), stats.documents, options)},
             validate=validate if len(held_out) else None,
             resumed=resumed,
         )
         trainer.run()
         return trainer.result(final_eval)
+
+
+def describe_data(
+    corpus: PathLike | Sequence[PathLike], n_bytes: int, n_documents: int, options: PretrainConfig
+) -> dict[str, str | int]:
+    """Returns what a checkpoint says about its training text."""
+    paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
+    return {
+        "data": ", ".join(Path(path).name for path in paths),
+        "bytes": n_bytes,
+        "documents": n_documents,
+        "sep": options.sep,
+        "encoding": options.encoding,
+    }
 
 
 def build_table(

@@ -8,8 +8,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+from .. import launch
 from ..config import TrainConfig
 from ..distributed import rank
 from ..errors import HRMError
@@ -94,10 +97,15 @@ class RunFolder:
 
     Args:
         stage: ``pretrain`` or ``finetune``; file names begin with it.
+        origin: see `Checkpoint`; of this stage, date and command are added.
     """
 
-    def __init__(self, path: PathLike, stage: str) -> None:
+    def __init__(self, path: PathLike, stage: str, origin: dict[str, Any] | None = None) -> None:
         self.root, self.stage = Path(path), stage
+        date = datetime.now(timezone.utc).date().isoformat()
+        made = {"date": date, "command": launch.command_line}
+        self.origin = origin or {}
+        self.origin = self.origin | {stage: self.origin.get(stage, {}) | made}
         # Files of an overwritten run. They stay until the new run has its first checkpoint.
         self.overwritten: list[Path] = []
 
@@ -115,6 +123,7 @@ class RunFolder:
     def save(self, name: str, content: Checkpoint) -> None:
         """Writes a checkpoint; with the first one the files of an overwritten run go."""
         path = self.checkpoint(name)
+        content.origin = self.origin
         save_checkpoint(content, path)
         for old in self.overwritten:
             if old != path:

@@ -84,6 +84,7 @@ class Trainer:
     Args:
         stage: ``pretrain`` or ``finetune``; file names begin with it.
         data_id: identifies the data: a run is only resumed with the same.
+        origin: see `RunFolder`.
         validate: scores a part of the held-out data; ``None`` if there is none.
         resumed: the state to continue from.
 
@@ -99,6 +100,7 @@ class Trainer:
         *,
         stage: str,
         data_id: str,
+        origin: dict[str, Any] | None = None,
         validate: Validate | None = None,
         resumed: Checkpoint | None = None,
     ) -> None:
@@ -116,7 +118,7 @@ class Trainer:
         self.last_nll = 0.0
         self.packed_counts: dict[str, torch.Tensor] | None = None
         self.is_first = rank() == 0  # the process that logs, validates and saves
-        self.folder = RunFolder(options.out_dir, stage)
+        self.folder = RunFolder(options.out_dir, stage, origin)
         if self.is_first:
             self.folder.prepare(resume=resumed is not None)
         if resumed is not None:
@@ -355,16 +357,14 @@ class Trainer:
             raise self.diverged("its weights are not finite numbers")
         if training is None and self.packed_counts is None:  # once: they do not change
             self.packed_counts = pack_counts(self.model.state_dict())
+        produced_by = state.step, state.bytes_seen, state.val_bpb, __version__
         content = Checkpoint(
             self.model.config,
             self.model.state_dict(),
             self.stage,
-            state.step,
-            state.bytes_seen,
-            state.val_bpb,
-            __version__,
-            self.packed_counts,
-            training,
+            *produced_by,
+            counts=self.packed_counts,
+            training=training,
         )
         self.folder.save(name, content)
 

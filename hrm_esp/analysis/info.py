@@ -1,0 +1,177 @@
+"""What a checkpoint is: its model, what made it, and the files beside it; as lines or as a card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import SIZES, HRMConfig
+from ..files import PathLike
+from ..model.skeleton import skeleton
+from ..training import find_checkpoint, load_checkpoint
+from ..training.weights import ENTRIES
+
+# What the files of a run folder are for, by the ends of their names, and whether to keep them.
+FILES = {
+    "_best.pt": ("the best model", "keep"),
+    "_last.pt": ("the model at the end of the run", "may be deleted"),
+    "_state.pt": ("for --resume only", "may be deleted when the run is over"),
+    "corpus.tokens": ("the corpus as it was read", "may be deleted: made again when needed"),
+    "ngrams.counts": ("n-gram counts of the corpus", "may be deleted: made again when needed"),
+    "metrics.jsonl": ("log of the run, for hrm-esp plot", "keep"),
+    ".pt": ("a model during the run", "may be deleted"),
+}
+UNKNOWN = "-"
+FRONT_MATTER = """---
+language: es
+library_name: hrm-esp
+pipeline_tag: text-generation
+---
+
+"""
+CARDS = {
+    "es": """# {name}
+
+Modelo de lenguaje para el español, byte a byte, entrenado con HRM-ESP {version}.
+
+| | |
+| --- | --- |
+| tamaño | {weights:,} pesos y {counts:,} cuentas de n-gramas |
+| entrenado con | {data} |
+| bytes leídos en el entrenamiento | {seen:,} |
+| bits por byte en texto apartado | {score} |
+| fecha | {date} |
+
+```
+{command}
+hrm-esp generate --ckpt {file} --prompt "Había una vez"
+```
+
+Lo que escribe se parece a los textos con los que se entrenó, pero no es información fiable.""",
+    "en": """# {name}
+
+A byte-level language model for Spanish, trained with HRM-ESP {version}.
+
+| | |
+| --- | --- |
+| size | {weights:,} weights and {counts:,} n-gram counts |
+| trained on | {data} |
+| bytes seen in training | {seen:,} |
+| bits per byte on held-out text | {score} |
+| date | {date} |
+
+```
+{command}
+hrm-esp generate --ckpt {file} --prompt "Había una vez"
+```
+
+What it writes resembles the texts that it was trained on, but is no reliable information.""",
+}
+
+
+@dataclass
+class Facts:
+    """What is known about a checkpoint. ``weights`` and ``counts`` are numbers of weights and of
+    entries in the table of n-gram counts."""
+
+    name: str
+    file: str
+    stage: str
+    size: str
+    weights: int
+    counts: int
+    data: str
+    seen: int
+    steps: int
+    score: str
+    date: str
+    version: str
+    command: str
+
+
+def read_facts(path: Path) -> Facts:
+    """Reads a checkpoint.
+
+    Raises:
+        HRMError: see `load_checkpoint`.
+    """
+    checkpoint = load_checkpoint(path)
+    n_counts = checkpoint.weights[ENTRIES].numel() if ENTRIES in checkpoint.weights else 0
+    origins = {stage: checkpoint.origin.get(stage, {}) for stage in ("pretrain", checkpoint.stage)}
+    origin = origins[checkpoint.stage]
+    return Facts(
+        name=path.resolve().parent.name,
+        file=path.name,
+        stage=checkpoint.stage,
+        size=size_name(checkpoint.config),
+        weights=skeleton(checkpoint.config).n_parameters(),
+        counts=n_counts,
+        data="; then ".join(filter(None, map(describe_data, origins.values()))) or UNKNOWN,
+        seen=checkpoint.bytes_seen,
+        steps=checkpoint.step,
+        score=UNKNOWN if checkpoint.val_bpb is None else f"{checkpoint.val_bpb:.3f}",
+        date=str(origin.get("date", UNKNOWN)),
+        version=checkpoint.version,
+        command=str(origin.get("command") or UNKNOWN),
+    )
+
+
+def size_name(config: HRMConfig) -> str:
+    """Returns the --size of a config, or its dimensions."""
+    for name, values in SIZES.items():
+        if all(getattr(config, field) == value for field, value in values.items()):
+            return name
+    return f"{config.n_layers_enc} + {config.n_layers_dec} layers of {config.d_model}"
+
+
+def describe_data(origin: dict[str, Any]) -> str:
+    """Returns what a stage was trained on, in words; nothing if that is unknown."""
+    if "data" not in origin:
+        return ""
+    if "rows" in origin:
+        return f"{origin['data']}: {origin['rows']:,} rows"
+    return (
+        f"{origin['data']}: {origin['bytes']:,} bytes, {origin['documents']:,} documents "
+        f"(--sep {origin['sep']}), {origin['encoding']}"
+    )
+
+
+def describe(path: PathLike) -> Iterator[str]:
+    """Yields the lines of `hrm-esp info` about a checkpoint, or the best one in a folder.
+
+    Raises:
+        HRMError: see `load_checkpoint` and `find_checkpoint`.
+    """
+    path = find_checkpoint(path) if Path(path).is_dir() else Path(path)
+    known = read_facts(path)
+    for name, value in (
+        ("checkpoint", path),
+        ("stage", known.stage),
+        ("size", f"{known.size}: {known.weights:,} weights, {known.counts:,} n-gram counts"),
+        ("trained on", known.data),
+        ("seen", f"{known.seen:,} bytes in {known.steps:,} steps"),
+        ("held out", f"{known.score} bits per byte"),
+        ("made", f"{known.date} by hrm-esp {known.version}"),
+        ("command", known.command),
+    ):
+        yield f"{name:11} {value}"
+    yield ""
+    for file in sorted(path.parent.iterdir()):
+        kind = next((kind for end, kind in FILES.items() if file.name.endswith(end)), None)
+        if kind is not None and file.is_file():
+            yield f"{file.name:20} {file.stat().st_size / 1e6:8.1f} MB  {kind[0]}; {kind[1]}"
+
+
+def card(path: PathLike, language: str) -> str:
+    """Returns a model card in Markdown for a checkpoint, or for the best one in a folder.
+
+    Args:
+        language: ``es`` or ``en``.
+
+    Raises:
+        HRMError: see `load_checkpoint` and `find_checkpoint`.
+    """
+    path = find_checkpoint(path) if Path(path).is_dir() else Path(path)
+    return FRONT_MATTER + CARDS[language].format_map(vars(read_facts(path)))
