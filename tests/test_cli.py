@@ -309,7 +309,8 @@ def bad_folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed[20:30] = b"\xff" * 10
     (folder / "damaged.txt.gz").write_bytes(packed)
     data = bytearray(good.read_bytes())
-    data[len(data) // 2] ^= 1
+    for i in range(128):  # more than the padding between two tensors
+        data[len(data) // 2 + i] ^= 1
     (folder / "broken.pt").write_bytes(data)
     torch.save({"state": torch.zeros(3)}, folder / "foreign.pt")
     (folder / "broken_run").mkdir()
@@ -538,3 +539,42 @@ def test_pairs_are_sentences_without_and_with_accents(run: Run, tmp_path: Path) 
     assert run("pairs", "a.txt", "-o", "link.tsv").stdout == "3 pairs in link.tsv\n"
     assert (tmp_path / "link.tsv").is_symlink()
     assert (tmp_path / "target.tsv").read_text("utf-8") == expected
+
+
+def test_info_says_what_made_a_checkpoint(trained: Path, run: Run, tmp_path: Path) -> None:
+    """By a checkpoint or by a folder, and as a card in two languages."""
+    checkpoint = trained / "checkpoints" / "pretrain_best.pt"
+    lines = run("info", checkpoint).stdout.splitlines()
+    known = dict(line.split(maxsplit=1) for line in lines[: lines.index("")] if line)
+    assert known["stage"] == "pretrain"
+    assert known["size"].startswith("1 + 2 layers of 32: 95,429 weights")
+    assert known["command"].startswith("hrm-esp pretrain corpus.txt --steps 40")
+    assert any(
+        line.startswith("trained on") and "corpus.txt: 5,775 bytes, 72 documents" in line
+        for line in lines
+    )
+    described = {line.split()[0] for line in lines[lines.index("") + 1 :]}
+    assert described == {p.name for p in checkpoint.parent.iterdir()} - {"sample.txt"}
+    newest = run("info", checkpoint.parent).stdout
+    assert "finetune_best.pt" in newest and "; then pairs.tsv: 48 rows" in newest
+    for language, word in (("es", "entrenado"), ("en", "trained")):
+        card = run("info", checkpoint, "--card", language).stdout
+        assert card.startswith("---\nlanguage: es\n") and word in card and "corpus.txt" in card
+    assert run("info", tmp_path).returncode == 2
+    # A folder is a checkpoint for every command.
+    text = run("generate", "--ckpt", checkpoint.parent, "--prompt", "3").stdout
+    assert text == run("generate", "--ckpt", checkpoint.parent / "finetune_best.pt",
+                       "--prompt", "3").stdout  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "origin", [[], {"x": {}}, {"pretrain": {"data": 3}}, {"pretrain": {"data": "a"}},
+               {"pretrain": {"bytes": "many"}}, {"pretrain": 1}],
+)  # fmt: skip
+def test_a_checkpoint_with_a_strange_origin_is_refused(
+    trained: Path, run: Run, tmp_path: Path, origin: object
+) -> None:
+    content = torch.load(trained / "checkpoints" / "pretrain_best.pt", weights_only=True)
+    torch.save(content | {"origin": origin}, tmp_path / "bad.pt")
+    out = run("info", "bad.pt")
+    assert out.returncode == 2 and out.stderr.count("\n") == 1

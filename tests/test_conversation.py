@@ -86,13 +86,13 @@ def test_a_conversation(terminal: Terminal) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("terminal", [("--min_new_tokens", 10**6)], indirect=True)
+@pytest.mark.parametrize("terminal", [("--min_new_tokens", 10**6, "--seed", 1)], indirect=True)
 def test_ctrl_c_ends_the_text_but_not_the_session(terminal: Terminal) -> None:
     terminal.read_until("\n> ")
     for _ in range(2):
         os.write(terminal.fd, "La niña\n".encode())
         terminal.read_until("La niña\r\n")  # the echo
-        for part in ("La niña", "o", "o"):  # the text has begun, and has no end
+        for part in ("La niña", "i"):  # the text has begun, and has no end
             terminal.read_until(part)
         os.write(terminal.fd, b"\x03")
         terminal.read_until("\n> ")

@@ -16,6 +16,9 @@ ROOT = Path(__file__).parent.parent
 README, SPANISH, GUIDE = (ROOT / name for name in ("README.md", "README.es.md", "docs/guide.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 SPANISH_NAMES = {
+    "carta.txt": "letter.txt",
+    "corregida.txt": "restored.txt",
+    "poema.txt": "poem.txt",
     "reservado.txt": "held_out.txt",
     "datos.csv": "data.csv",
     "preguntas.csv": "questions.csv",
@@ -64,11 +67,12 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     """The files that the documents name."""
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     shutil.copytree(trained / "checkpoints", tmp_path / "other")
-    for name in ("corpus.txt", "held_out.txt", "books/a.txt", "book.txt", "cuentos.txt"):
+    names = ("corpus.txt", "held_out.txt", "books/a.txt", "book.txt", "cuentos.txt", "poem.txt")
+    for name in (*names, "letter.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TEXT, encoding="utf-8")
     (tmp_path / "old.txt").write_text(TEXT.replace("—", "-"), encoding="latin-1")
-    for name in ("data.tsv", "held_out.tsv"):
+    for name in ("data.tsv", "held_out.tsv", "pairs.tsv"):
         (tmp_path / name).write_text(PAIRS, encoding="utf-8")
     (tmp_path / "data.csv").write_text(
         "frase,corregida\n" + PAIRS.replace("\t", ","), encoding="utf-8"

@@ -130,7 +130,7 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
         check_origin(checkpoint.origin)
         is_state = checkpoint.training is not None
         checkpoint.weights = expand_weights(checkpoint.weights, counts, config, is_state)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise foreign from error
     except HRMError as error:
         raise HRMError(f"{path} is not a usable checkpoint: {error}; use another one") from error
@@ -139,10 +139,13 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
 
 def check_origin(origin: Any) -> None:
     """Raises TypeError if this is not the `Checkpoint.origin` that a run writes."""
-    for stage, known in dict(origin).items():
-        for name, value in dict(known).items():
+    is_dict = type(origin) is dict and all(type(known) is dict for known in origin.values())
+    if not is_dict or not origin.keys() <= set(STAGES):
+        raise TypeError
+    for known in origin.values():
+        for name, value in known.items():
             kind = int if name in ("bytes", "documents", "rows") else str
-            if stage not in STAGES or type(name) is not str or type(value) is not kind:
+            if type(name) is not str or type(value) is not kind:
                 raise TypeError
         if "data" in known and not ("rows" in known or {*TEXT_FACTS} <= known.keys()):
             raise TypeError
