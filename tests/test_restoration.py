@@ -129,6 +129,26 @@ def test_probabilities(model: HRMModel) -> None:
     assert math.isclose(max(w.prob for w in found), 1)
 
 
+def test_a_text_with_its_marks_stays(model: HRMModel) -> None:
+    """An `el` in it is hardly ever an `él` that lost its accent."""
+    assert restore(model, TEXT) == TEXT
+    probs = []
+    for text in ("—Si —dijo el.", f"{TEXT}\n—Sí —dijo el."):
+        *_, word = Restorer(model).restore_words(text)
+        assert word.form in ("el", "él")
+        probs.append(word.prob if word.form == "él" else 1 - word.prob)
+    assert probs[1] < probs[0]
+
+
+def test_other_languages_and_code_stay(model: HRMModel) -> None:
+    english = "Those people released another version, pina, without any warranty whatsoever.\n"
+    code = "if not value and other is None or nina else nothing\n"
+    spanish = "La nina buscó una pina en el jardin.\n"
+    restored = restore(model, english + spanish + code + spanish)
+    expected = "La niña buscó una piña en el jardín.\n"
+    assert restored == english + expected + code + expected
+
+
 def test_force_reconsiders_marks(model: HRMModel) -> None:
     wrong = "La nína buscó una píña en el jardin"
     assert restore(model, wrong) == "La nína buscó una píña en el jardín"

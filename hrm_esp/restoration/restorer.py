@@ -5,6 +5,11 @@
 2. Where other forms are nearly as likely, the model scores the text around the word with each of
    them. The form with the highest score wins; its probability is its share.
 
+3. A text that has marks has lost few of them: a form that adds a mark is multiplied by the share of
+   marks that are missing, which is estimated from the text itself.
+
+4. Sentences in another language, and code, stay as they are.
+
 A form f after a word w has the probability (c(w, f) + PRIOR p(f)) / (c(w) + PRIOR), where c are
 counts and p(f) is the relative frequency of f (MacKay & Peto 1995).
 """
@@ -12,6 +17,7 @@ counts and p(f) is the relative frequency of f (MacKay & Peto 1995).
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -25,7 +31,7 @@ from ..errors import HRMError
 from ..model import HRMModel
 from ..ngrams.lexicon import Lexicon
 from ..tokenizer import BOS
-from .words import Word, find_words, sentence_ends
+from .words import MARKED, Word, find_words, sentence_ends
 
 PRIOR = 200  # occurrences
 UNSEEN = 0.1  # more occurrences of each form
@@ -33,6 +39,9 @@ MAX_LOG_ODDS = 4.0  # nats by which a form may be less likely by the counts and 
 COUNT_WEIGHT = 0.5  # of the counts' log-odds beside the model's, which knows the counts, too
 N_BEFORE, N_AFTER = 80, 32  # characters around a word that are scored with it
 BATCH_TOKENS = 8192
+EM_ITERATIONS = 8
+SPANISH_LOG_FREQ = -7.5  # mean logarithm of the relative frequency of a word in Spanish prose
+MIN_WORDS = 6  # by which a sentence is judged
 
 
 class WordForm(NamedTuple):
@@ -71,11 +80,12 @@ class Restorer:
             force: also reconsider words that have marks.
         """
         # Step 1: the forms of each word, and where sentences begin.
-        words = [
-            word._replace(forms=self.known_forms(word.forms)) for word in find_words(text, force)
-        ]
-        ends = sentence_ends(text)
+        words, ends = list(find_words(text, force)), sentence_ends(text)
         sentences = [bisect.bisect_right(ends, word.begin) for word in words]
+        for i, is_foreign in enumerate(self.foreign_words(words, sentences)):
+            begin, end, forms = words[i]
+            forms = [text[begin:end]] if is_foreign else self.known_forms(forms)
+            words[i] = Word(begin, end, forms)
         # Step 2: the most likely path through them, by the counts.
         chosen = self.viterbi(words, sentences)
         letters = list(text)
@@ -97,10 +107,31 @@ class Restorer:
         for (i, form, _), score in zip(rows, scores, strict=True):
             log_odds[i][form] = COUNT_WEIGHT * log_odds[i][form] + score
         # Step 4: choose.
-        for word, odds in zip(words, log_odds, strict=True):
+        originals = [text[word.begin : word.end] for word in words]
+        log_omission = 0.0 if force else math.log(omission_rate(originals, log_odds))
+        for word, original, odds in zip(words, originals, log_odds, strict=True):
+            odds = {f: value + (f != original) * log_omission for f, value in odds.items()}
             form = max(odds, key=odds.__getitem__)
             prob = 1 / sum(math.exp(value - odds[form]) for value in odds.values())
             yield WordForm(word.begin, word.end, form, prob)
+
+    def foreign_words(self, words: Sequence[Word], sentences: Sequence[int]) -> list[bool]:
+        """Returns for each word whether its sentence is in another language or code: its words are
+        rarer than those of Spanish, on average. A short sentence is judged with the words before
+        it."""
+        lexicon = self.lexicon
+        log_freqs = [
+            math.log((max(map(lexicon.count, word.forms)) + UNSEEN) / lexicon.n_words)
+            for word in words
+        ]
+        limit = (math.log(UNSEEN / lexicon.n_words) + SPANISH_LOG_FREQ) / 2
+        found: list[bool] = []
+        for _, group in itertools.groupby(sentences):
+            end = len(found) + len(list(group))
+            sample = log_freqs[max(0, min(len(found), end - MIN_WORDS)) : end]
+            is_foreign = len(sample) >= MIN_WORDS / 2 and sum(sample) < limit * len(sample)
+            found += [is_foreign] * (end - len(found))
+        return found
 
     def known_forms(self, forms: list[str]) -> list[str]:
         """Returns the forms that the training text has; all of them if it has none."""
@@ -174,6 +205,26 @@ def restore(
         if prob >= min_p:
             letters[begin:end] = form
     return "".join(letters)
+
+
+def omission_rate(words: Sequence[str], log_odds: Sequence[dict[str, float]]) -> float:
+    """Estimates the probability that the writer left out the marks of a word that has some, by
+    expectation maximization: in a text with most of its marks, few are missing.
+
+    Args:
+        log_odds: of the forms of each word.
+    """
+    n_marked = sum(not MARKED.isdisjoint(word) for word in words)
+    rate = 1.0
+    for _ in range(EM_ITERATIONS if n_marked else 0):
+        n_omitted = 0.0
+        for word, odds in zip(words, log_odds, strict=True):
+            if len(odds) > 1 or word not in odds:
+                best = max(odds.values())
+                changed = rate * sum(math.exp(v - best) for f, v in odds.items() if f != word)
+                n_omitted += changed / (changed + math.exp(odds.get(word, -math.inf) - best))
+        rate = (n_omitted + 1) / (n_omitted + n_marked + 1)
+    return rate
 
 
 def window(letters: Sequence[str], word: Word, begin: int, end: int, max_len: int) -> list[bytes]:
