@@ -83,6 +83,19 @@ def mmap_cached(path: Path, key: str, write: Callable[[IO[bytes]], None]) -> np.
     return np.memmap(path, dtype=np.uint8, mode="c", offset=HEADER_BYTES)
 
 
+def open_cached(path: Path) -> np.ndarray:
+    """Memory-maps a file that `mmap_cached` wrote, whatever its key: uint8, (N,), read-only.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is none that `mmap_cached` wrote.
+    """
+    with open(path, "rb") as file:
+        if not file.read(HEADER_BYTES).startswith(b'{"key"'):
+            raise ValueError(f"{path} has no header")
+    return np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER_BYTES)
+
+
 def is_valid(path: Path, key: str) -> bool:
     """Whether a cache file exists, has this key and is undamaged."""
     if not path.is_file() or path.stat().st_size <= HEADER_BYTES:

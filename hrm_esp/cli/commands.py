@@ -35,7 +35,7 @@ from .parser import from_args, options
 from .text_commands import evaluate, info, pairs, plans, plot, restore
 
 if TYPE_CHECKING:
-    from ..data import Table
+    from ..data import ByteStream, Table
     from ..generation import Completion
     from ..training import TrainResult
 
@@ -106,6 +106,7 @@ def generate(args: argparse.Namespace) -> None:
         check_out(args)
     is_single = args.prompts is None and args.num_samples == 1 and not args.json
     is_single = is_single and args.out is None
+    corpus = open_training_text(args) if args.copied else None
     prompt = clean_argument(args.prompt or "")
     if "stop" in args:
         args.stop = [clean_argument(s) for s in args.stop]
@@ -133,15 +134,33 @@ def generate(args: argparse.Namespace) -> None:
         characters = stream(model, prompt, config)
         if mode == "continue":
             print(prompt, end="")
+        text = ""
         try:
             for character in characters:
                 print(character, end="", flush=True)
+                text += character
         finally:
             print()
+        report_copied([text], corpus)
         return
+    texts: list[str] = []
     completions = generate_batch(
         model, prompts, config, num_samples=args.num_samples, batch_size=args.batch_size
     )
+    if corpus is not None:
+        completions = keep_texts(completions, texts)
+    write_texts(completions, table, mode, model.config.line_breaks, args)
+    report_copied(texts, corpus)
+
+
+def write_texts(
+    completions: Iterable[Completion],
+    table: Table | None,
+    mode: str,
+    line_breaks: bool,
+    args: argparse.Namespace,
+) -> None:
+    """Writes texts to the table of -o, or prints them as they come."""
     if args.out is not None:
         write_completions(completions, table, args)
         return
@@ -149,10 +168,34 @@ def generate(args: argparse.Namespace) -> None:
         text = completion.prompt * (mode == "continue") + completion.text
         if args.json:
             print(to_json(completion.as_dict()), flush=True)
-        elif model.config.line_breaks:
+        elif line_breaks:
             print(f"{text}\n", flush=True)  # a blank line between two texts
         else:
             print(" ".join(text.splitlines()), flush=True)  # one text per line
+
+
+def open_training_text(args: argparse.Namespace) -> ByteStream:
+    """Opens the training text of the checkpoint, for --copied."""
+    from ..analysis.copied import training_text
+    from ..training import find_checkpoint
+
+    path = Path(args.ckpt or DEFAULT_DIR)
+    return training_text(find_checkpoint(path) if path.is_dir() or args.ckpt is None else path)
+
+
+def keep_texts(completions: Iterable[Completion], texts: list[str]) -> Iterator[Completion]:
+    """Yields completions and appends their texts to a list."""
+    for completion in completions:
+        texts.append(completion.text)
+        yield completion
+
+
+def report_copied(texts: list[str], corpus: ByteStream | None) -> None:
+    """Says on stderr how much of the texts stands in the training text."""
+    if corpus is not None:
+        from ..analysis.copied import find_copied
+
+        print(find_copied(texts, corpus), file=STDERR)
 
 
 def is_terminal() -> bool:

@@ -147,6 +147,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="write a table here (.csv, .tsv, .jsonl): that of --prompts or the prompts, and the "
         "texts in a column `answer`",
     )
+    add(
+        "--copied",
+        action="store_true",
+        help="say at the end how much of the texts stands in the training text",
+    )
     _add_ckpt(groups["input"])
     add_fields(groups, GenerationConfig)
     groups["run"].add_argument(
