@@ -396,6 +396,7 @@ class GenerationConfig:
         "run",
         "precision of the weights; auto: bf16 where the hardware has it",
         choices=("auto", "fp32", "bf16"),
+        flag=False,
     )
     draft_len: int = option(
         24,
