@@ -46,10 +46,7 @@ def test_share_counts_each_byte_once() -> None:
     new = "z" * len(run.encode())
     result = find_copied([run + new, run[:LONG_RUN] + new, new], corpus)
     assert result.longest == run
-    n_copied, n = (
-        len((run + run[:LONG_RUN]).encode()),
-        len((run + run[:LONG_RUN] + 3 * new).encode()),
-    )
+    n_copied, n_new = len((run + run[:LONG_RUN]).encode()), len(3 * new)
     assert abs(result.share - n_copied / (n_copied + n_new)) < 0.02
     assert find_copied([new], corpus).longest == "" and "no run" in str(find_copied([new], corpus))
     assert find_copied([""], corpus).share == 0
