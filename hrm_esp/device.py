@@ -44,8 +44,8 @@ def choose_device(name: str | None = None, cpu: bool = False) -> torch.device:
             device = own_gpu(device.index)
             if (reason := unsupported_gpu(device)) is not None:
                 raise HRMError(f"{reason}: give --device cpu")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise HRMError(f"no device {name!r} here: give --device cpu, or none") from error
     return device
 

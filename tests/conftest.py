@@ -120,7 +120,7 @@ def run(tmp_path: Path, hrm_esp_command: list[str]) -> Run:
             command = [sys.executable, "-m", "hrm_esp"]
         return subprocess.run(
             [*command, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-            encoding="utf-8", timeout=240, **keywords,
+            encoding="utf-8", timeout=240, **{"stdin": subprocess.DEVNULL} | keywords,
         )  # type: ignore[call-overload]  # fmt: skip
 
     return run

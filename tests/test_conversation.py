@@ -78,7 +78,7 @@ def test_a_conversation(terminal: Terminal) -> None:
     assert "at least 0" in terminal.say("/temperature -1")
     assert "no such command" in terminal.say("/quit")
     assert "must be from 0 to 7" in (terminal.say("/plan 99") + terminal.say("La"))
-    assert terminal.say("/plan 3") == "plan_code: 3" and terminal.say("La").startswith("La")
+    assert terminal.say("/plan 3") == "plan: 3" and terminal.say("La").startswith("La")
     os.write(terminal.fd, b"\n")
     terminal.read_until("\n> ")  # the echo and the next prompt: nothing else
     os.write(terminal.fd, b"\x04")

@@ -21,7 +21,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         "get_arch_list": ["sm_75", "sm_80", "sm_90a", "compute_120"],
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
     return monkeypatch
 
 

@@ -60,5 +60,10 @@ def terminal_lines(words: Iterable[Surprisal]) -> Iterator[str]:
     """Yields lines of words in black on shades of gray, with the codes of a terminal."""
     for _, line in itertools.groupby(words, lambda word: word.line):
         yield " ".join(
-            f"\033[30;48;5;{255 - 2 * shade(word.bits)}m{word.text}\033[0m" for word in line
+            f"\033[30;48;5;{255 - shade(word.bits)}m{printable(word.text)}\033[0m" for word in line
         )
+
+
+def printable(text: str) -> str:
+    """Returns a text without control characters, which would change the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import stat
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..config import (
     DEFAULT_DIR,
@@ -96,6 +98,8 @@ def print_result(result: TrainResult) -> None:
 def generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and args.prompts is not None:
         raise HRMError("give --prompt or --prompts, not both")
+    if args.prompt is None and args.prompts is None and is_pipe(sys.stdin):
+        args.prompts = "-"
     check_bounds("num_samples", args.num_samples, low=1, high=MAX_COUNT)
     if args.batch_size is None:  # what comes through a pipe is answered line by line
         args.batch_size = 32 if args.prompts is None or Path(args.prompts).is_file() else 1
@@ -196,6 +200,15 @@ def report_copied(texts: list[str], corpus: ByteStream | None) -> None:
         from ..analysis.copied import find_copied
 
         print(find_copied(texts, corpus), file=STDERR)
+
+
+def is_pipe(file: TextIO | None) -> bool:
+    """Whether a standard stream is a pipe or a file."""
+    try:
+        mode = os.fstat(file.fileno()).st_mode if file is not None else 0
+    except (OSError, ValueError):  # a replaced stream
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def is_terminal() -> bool:

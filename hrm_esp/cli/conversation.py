@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, tuple[str, type, str]] = {
     "/temperature": ("temperature", float, "0 is greedy; higher is more varied"),
     "/seed": ("seed", int, "the same seed and line give the same text"),
-    "/plan": ("plan_code", int, "use the plan of this code; without a number that of the line"),
+    "/plan": ("plan_code", int, "use the plan of code N; without N, the plan of the line"),
     "/length": ("max_new_tokens", int, "maximum number of bytes"),
 }
 HELP = "\n".join(
     (
         *(f"{name + ' N':16} {text}" for name, (_, _, text) in SETTINGS.items()),
-        f"{'/again':16} the last line again, with another seed",
+        f"{'/again':16} another text for the last line (temperature above 0)",
         f"{'/help':16} this list",
         f"{'Ctrl-C':16} ends the text",
         f"{'Ctrl-D':16} ends the session",
@@ -52,9 +52,11 @@ def converse(model: HRMModel, config: GenerationConfig) -> None:
         try:
             if line.startswith("/"):
                 name, _, value = line.strip().partition(" ")
-                if name == "/again" and last is not None:
+                if name == "/again":
+                    if last is None:
+                        raise HRMError("nothing to repeat yet")
                     if config.seed is not None:
-                        config = replace(config, seed=config.seed + 1)
+                        config = replace(config, seed=(config.seed + 1) % 2**63)
                     write(model, last, config, mode)
                 else:
                     config = change(config, name, value.strip())
@@ -88,9 +90,9 @@ def change(config: GenerationConfig, name: str, value: str) -> GenerationConfig:
         except ValueError as error:
             raise HRMError(f"{name}: {value!r} is not a number") from error
     elif field == "plan_code":
-        changes["guidance"] = None
+        changes["guidance"] = None  # it needs a chosen plan
     config = replace(config, **changes)
-    print(f"{field}: {value or 'the default'}")
+    print(f"{name[1:]}: {value or 'the default'}")
     return config
 
 
@@ -98,10 +100,10 @@ def write(model: HRMModel, prompt: str, config: GenerationConfig, mode: str) -> 
     """Writes a text character by character; Ctrl-C ends it."""
     from ..generation import stream
 
-    characters = stream(model, prompt, config)
-    if mode == "continue":
-        print(prompt, end="", flush=True)
     try:
+        characters = stream(model, prompt, config)
+        if mode == "continue":
+            print(prompt, end="", flush=True)
         for character in characters:
             print(character, end="", flush=True)
     except KeyboardInterrupt:

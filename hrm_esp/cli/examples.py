@@ -27,7 +27,8 @@ examples:
 examples:
   hrm-esp generate --prompt "En un lugar de la Mancha"
   hrm-esp generate --prompt "La casa" --temperature 0.6 --top_k 40 --seed 1
-  hrm-esp generate --ckpt checkpoints/pretrain_best.pt --mode continue --max_new_tokens 200
+  hrm-esp generate                        asks for one line after another
+  hrm-esp generate --ckpt checkpoints/pretrain_best.pt --prompt "" --max_new_tokens 200
   hrm-esp generate --prompt "Había una vez" --num_samples 5 --stop "."
   hrm-esp generate --prompts questions.csv -o answers.csv
 """,
@@ -40,7 +41,7 @@ examples:
 """,
     "restore": """\
 examples:
-  hrm-esp restore letter.txt > restored.txt
+  hrm-esp restore letter.txt -o restored.txt
   echo "Manana volvere a Malaga" | hrm-esp restore
   hrm-esp restore letter.txt --diff --min_p 0.9
 """,
@@ -53,7 +54,7 @@ examples:
 examples:
   hrm-esp info
   hrm-esp info checkpoints/pretrain_last.pt
-  hrm-esp info checkpoints --card es > README.md
+  hrm-esp info checkpoints --card es > card.md
 """,
     "plans": """\
 examples:

@@ -124,7 +124,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add(
         "--prompt",
         help="text to continue or to answer (default: on a terminal, ask for one line after "
-        "another; else empty)",
+        "another; from a pipe, a prompt per line; else empty)",
     )
     add(
         "--prompts",
@@ -180,7 +180,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add(
         "--by",
         choices=("word", "line", "byte"),
-        help="print the bits of each word, line or byte, and of the targets of a table, as TSV",
+        help="surprisal in bits of each word, line or byte, as TSV (of a table: of its targets); "
+        "on a terminal `word` shows shaded text",
     )
     add("--html", metavar="FILE", help="write a page here that shades the words by their bits")
     add("--json", action="store_true", help="print a JSON object, with --by one per row")
@@ -200,25 +201,30 @@ def _add_restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", nargs="?", default="-", help="a text, .gz too (default: standard input)"
     )
+    parser.add_argument("-o", "--out", metavar="FILE", help="write the text here")
     parser.add_argument(
         "--ckpt",
         metavar="FILE",
-        help=f"checkpoint (default: best checkpoint of pretraining in {DEFAULT_DIR})",
+        help=f"pretrained checkpoint, or the folder of its run (default: {DEFAULT_DIR})",
     )
     parser.add_argument(
         "--min_p", type=float, default=0.0, metavar="P",
         help="leave a word as it is unless its new form has this probability (default: 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--force", action="store_true", help="reconsider words that have accents, too"
+        "--force",
+        action="store_true",
+        help="reconsider words that have accents, too, and assume that any accent may be missing",
     )
     parser.add_argument(
-        "--diff", action="store_true", help="show what would change instead, with probabilities"
+        "--diff",
+        action="store_true",
+        help="instead of the text, show each changed word with its probability",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="a JSON object per such word instead: line, word, form, p, changed",
+        help="instead of the text, a JSON object per word: line, word, form, p, changed",
     )
     _add_encoding(parser)
     _add_device(parser)

@@ -1,4 +1,4 @@
-"""The commands that look at texts with a model or restore them, and those that prepare and draw.
+"""The commands evaluate, restore, pairs, info, plans and plot.
 
 Modules that import torch are imported inside the functions, as in commands.py.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ..config import DEFAULT_DIR, MAX_COUNT, MAX_WIDTH
 from ..errors import HRMError
@@ -65,8 +66,10 @@ def show_surprisal(args: argparse.Namespace) -> None:
         raise HRMError("give --predictions or --by, not both")
     if args.html is not None and args.by not in (None, "word"):
         raise HRMError("--html shows words: leave out --by")
-    if args.html is not None and not Path(args.html).resolve().parent.is_dir():
-        raise HRMError(f"cannot write {args.html}: give a file in a folder that exists")
+    if args.html is not None and args.json:
+        raise HRMError("give --html or --json, not both")
+    if args.html is not None:
+        check_output("--html", args.html, args.file)
     model = load_model(args)
 
     from ..analysis.surprisal import page, terminal_lines
@@ -77,8 +80,9 @@ def show_surprisal(args: argparse.Namespace) -> None:
     n_bytes = sum(part.n_bytes for part in found)
     score = TextScore(sum(part.bits for part in found) / max(1, n_bytes), n_bytes)
     if args.html is not None:
+        file_name = Path(args.file).name.encode(errors="replace").decode()
         with atomic_write(Path(args.html).resolve()) as file:
-            for text in page(found, Path(args.file).name, str(score)):
+            for text in page(found, file_name, str(score)):
                 file.write(text.encode())
         print(args.html)
     elif args.json:
@@ -120,7 +124,10 @@ def surprisals(model: HRMModel, args: argparse.Namespace) -> Iterator[Surprisal]
             yield from target_surprisals(model, data, by, dtype, args.batch_size, bar.update)
         return
     if model.stage == "finetune":
-        print("warning: a finetuned model no longer knows how texts go on", file=STDERR)
+        print(
+            "warning: a finetuned model predicts answers, not running text: its bits say little",
+            file=STDERR,
+        )
     sep = model.config.sep if args.sep is None else args.sep
     stream = load_stream([args.file], args.encoding, sep=sep, keep_licence=args.keep_licence)
     with progress_bar(len(stream), "B") as bar:
@@ -130,38 +137,45 @@ def surprisals(model: HRMModel, args: argparse.Namespace) -> Iterator[Surprisal]
 def restore(args: argparse.Namespace) -> None:
     require_stdout()
     check_bounds("min_p", args.min_p, low=0, high=1)
-    if args.diff and args.json:
-        raise HRMError("give --diff or --json, not both")
+    if (args.diff, args.json, args.out is not None).count(True) > 1:
+        raise HRMError("give one of --diff, --json and -o")
+    if args.out is not None:
+        check_output("-o", args.out, args.file)
 
+    from ..files import atomic_write
     from ..restoration import Restorer, TextBlocks
     from ..training import find_checkpoint
 
     blocks = TextBlocks(args.file, args.encoding)
-    if args.ckpt is None:
-        args.ckpt = find_checkpoint(DEFAULT_DIR, ("pretrain",))
+    if args.ckpt is None or Path(args.ckpt).is_dir():
+        args.ckpt = find_checkpoint(args.ckpt or DEFAULT_DIR, ("pretrain",))
     restorer = Restorer(load_model(args))
-    n_words = n_changed = n_unsure = 0
-    line = 1
-    for text in blocks:
-        letters, counted = list(text), 0
-        for begin, end, form, prob in restorer.restore_words(text, args.force):
-            n_words += 1
-            if form == (word := text[begin:end]):
-                continue
-            is_sure = prob >= args.min_p
-            n_changed, n_unsure = n_changed + is_sure, n_unsure + (not is_sure)
-            if is_sure:
-                letters[begin:end] = form
-            line, counted = line + text.count("\n", counted, begin), begin
-            if args.json:
-                found = {"line": line, "word": word, "form": form, "p": prob, "changed": is_sure}
-                print(to_json(found), flush=True)
-            elif args.diff and is_sure:
-                print(f"{line}: {word} -> {form} {prob:.2f}", flush=True)
-        line += text.count("\n", counted)
-        if not (args.diff or args.json):
-            sys.stdout.buffer.write(blocks.encode("".join(letters)))
-            sys.stdout.buffer.flush()
+    with ExitStack() as stack:
+        file: IO[bytes] = sys.stdout.buffer
+        if args.out is not None:
+            file = stack.enter_context(atomic_write(Path(args.out).resolve()))
+        n_words = n_changed = n_unsure = 0
+        line = 1
+        for text in blocks:
+            letters, counted = list(text), 0
+            for begin, end, form, prob in restorer.restore_words(text, args.force):
+                n_words += 1
+                if form == (word := text[begin:end]):
+                    continue
+                is_sure = prob >= args.min_p
+                n_changed, n_unsure = n_changed + is_sure, n_unsure + (not is_sure)
+                if is_sure:
+                    letters[begin:end] = form  # as many characters as the word
+                line, counted = line + text.count("\n", counted, begin), begin
+                if args.json:
+                    found = {"line": line, "word": word, "form": form, "p": prob}
+                    print(to_json(found | {"changed": is_sure}), flush=True)
+                elif args.diff and is_sure:
+                    print(f"{line}: {word} -> {form} {prob:.2f}", flush=True)
+            line += text.count("\n", counted)
+            if not (args.diff or args.json):
+                file.write(blocks.encode("".join(letters)))
+                file.flush()
     unsure = f", {n_unsure:,} left as unsure" if args.min_p else ""
     print(f"{n_words:,} words, {n_changed:,} changed{unsure}", file=STDERR)
 
@@ -178,19 +192,24 @@ def pairs(args: argparse.Namespace) -> None:
         require_stdout()
         sys.stdout.writelines(lines)
         return
-    out = Path(args.out).resolve()
-    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
-        raise HRMError(f"cannot write {args.out}: give a file in a folder that exists")
-    if out.exists() and Path(args.text).exists() and out.samefile(args.text):
-        raise HRMError(f"-o would overwrite {args.text}: give another file")
+    check_output("-o", args.out, args.text)
     n = 0
-    with atomic_write(out) as file:
+    with atomic_write(Path(args.out).resolve()) as file:
         for line in lines:
             file.write(line.encode())
             n += 1
         if not n:
             raise HRMError(f"no sentence of at most {args.max_bytes} bytes in {args.text}")
     print(f"{n:,} pairs in {args.out}")
+
+
+def check_output(flag: str, path: str, source: str) -> None:
+    """Raises HRMError if a file cannot be written, or is the one that is read."""
+    out = Path(path).resolve()
+    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
+        raise HRMError(f"cannot write {path}: give a file in a folder that exists")
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise HRMError(f"{flag} would overwrite {source}: give another file")
 
 
 def info(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Surprisal: the bits of each word, line or byte of a text, or of the targets of a table.
 
 A word ends before the next one begins: the space after it, or the line break, is part of it. So the
-bits of all words, lines or bytes add up to the score of the file.
+bits of all words, lines or bytes, divided by the number of bytes, are the score of the file.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def text_surprisals(
 
     Args:
         by: ``word``, ``line`` or ``byte``.
+        dtype, batch_size, progress: see `byte_bits`.
     """
     bits = byte_bits(model, stream, dtype, batch_size, progress)
     begin = 0
@@ -64,8 +65,8 @@ def target_surprisals(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Iterator[Surprisal]:
-    """Yields the surprisal of each part of the targets of a table, given their prompts; the end of
-    a target is a byte of it. Arguments as in `text_surprisals`."""
+    """Yields the surprisal of each part of the targets of a table, given their prompts; the token
+    that ends a target counts as a byte of it. Arguments as in `text_surprisals`."""
     bits = {}
     with eval_mode(model):
         for pairs in data.groups(batch_size, np.arange(len(data))):
@@ -85,7 +86,7 @@ def split_line(number: int, line: bytes, bits: np.ndarray, by: str) -> Iterator[
     """Yields the parts of a line (N bytes), given the bits of each byte, (N,)."""
     if by == "byte":
         for i, (byte, value) in enumerate(zip(line, bits, strict=True), 1):
-            yield Surprisal(number, i, show_byte(byte), float(value) + 0.0, 1)
+            yield Surprisal(number, i, show_byte(byte), float(value) + 0.0, 1)  # no -0.0
         return
     text = line.decode()
     parts = [text] if by == "line" else [match[0] for match in WORD.finditer(text)]

@@ -18,7 +18,7 @@ class Lexicon:
     def __init__(self, table: NgramTable) -> None:
         self.entries = table.entries.cpu().numpy()
         self._counts: dict[int, int] = {}
-        # Every space is a context of its own, as it is no letter.
+        # There are about as many words as spaces, each of which is a context of its own.
         self.n_words = max(1, self._count(hash_words(hash_word(" "), 0)[0], at_end=False))
 
     def count(self, word: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import string
 from collections.abc import Iterator
 
 from ..data import TextStats
@@ -11,31 +12,49 @@ from ..data.text import display_name, open_binary, read_errors
 from ..errors import HRMError
 from ..files import PathLike
 
-BLOCK_BYTES = 2**16
+BLOCK_BYTES = 2**14
+# Byte order marks, and the encodings that read them as a character.
+MARKED = {
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+WIDE = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}  # without a mark
 
 
 class TextBlocks:
     """The blocks of a text, in characters, each up to the end of a line. From standard input they
-    come as soon as there is a line. What cannot be decoded is kept ("surrogateescape").
+    come as soon as there is a line. Bytes that cannot be decoded are kept.
 
     Args:
         path: the file, decompressed if its name ends in ``.gz``; ``-`` is standard input.
 
     Raises:
-        HRMError: the encoding is unknown, or has no letters with accents.
+        HRMError: the encoding is unknown, has no letters with accents, or not one form of a text.
     """
 
     def __init__(self, path: PathLike, encoding: str = "utf-8") -> None:
-        self.path, self.encoding = path, encoding
+        self.path = path
         with read_errors(path, encoding):
-            codecs.lookup(encoding)
-        try:
-            "áéíóúüñ".encode(encoding)
-        except UnicodeError as error:
-            raise HRMError(
-                f"{encoding} has no letters with accents: give another --encoding"
-            ) from error
-        self._encoder: codecs.IncrementalEncoder | None = None
+            self.encoding = codecs.lookup(encoding).name.removesuffix("-sig")
+            self.encoding = WIDE.get(self.encoding, self.encoding)
+            is_wide = self.encoding.startswith(("utf-16", "utf-32"))
+            refused = HRMError(f"a text in {encoding} cannot be restored: give another --encoding")
+            try:
+                "áéíóúüñ".encode(self.encoding)
+                ascii_bytes = string.printable.encode(self.encoding)
+            except UnicodeError as error:
+                raise refused from error
+            if not is_wide and ascii_bytes != string.printable.encode():
+                raise refused
+
+    @property
+    def errors(self) -> str:
+        """How what cannot be decoded is kept."""
+        return (
+            "surrogatepass" if self.encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+        )
 
     def __iter__(self) -> Iterator[str]:
         """Yields the blocks.
@@ -46,26 +65,29 @@ class TextBlocks:
         with read_errors(self.path, self.encoding), open_binary(self.path) as file:
             data = file.read1(BLOCK_BYTES)
             self._find_encoding(data)
-            decoder = codecs.getincrementaldecoder(self.encoding)("surrogateescape")
-            text = ""
-            while data:
-                text += decoder.decode(data)
-                end = text.rfind("\n") + 1
-                if not end and len(text) > BLOCK_BYTES:  # a line without end
-                    end = text.rfind(" ") + 1
-                if end:
-                    yield text[:end]
-                    text = text[end:]
-                data = file.read1(BLOCK_BYTES)
-            if text := text + decoder.decode(b"", final=True):
-                yield text
+            with read_errors(self.path, self.encoding):
+                decoder = codecs.getincrementaldecoder(self.encoding)(self.errors)
+                text = ""
+                while data:
+                    text += decoder.decode(data)
+                    end = text.rfind("\n") + 1
+                    if not end and len(text) > BLOCK_BYTES:  # a line without end
+                        end = text.rfind(" ") + 1
+                    if end:
+                        yield text[:end]
+                        text = text[end:]
+                    data = file.read1(BLOCK_BYTES)
+                if text := text + decoder.decode(b"", final=True):
+                    yield text
 
     def _find_encoding(self, data: bytes) -> None:
         """Finds out the encoding from the beginning of a text."""
-        marked = marked_encoding(data)
-        if marked is not None and not is_utf8(marked):
+        marked = next((name for mark, name in MARKED.items() if data.startswith(mark)), None)
+        if marked is not None:
             self.encoding = marked
-        elif is_binary(data):
+        elif marked_encoding(data) is not None:
+            self.encoding = "utf-8"
+        elif not self.encoding.startswith(("utf-16", "utf-32")) and is_binary(data):
             raise HRMError(f"{display_name(self.path)} is not text in {self.encoding}")
         elif is_utf8(self.encoding):
             stats = TextStats()
@@ -76,6 +98,4 @@ class TextBlocks:
 
     def encode(self, text: str) -> bytes:
         """Returns a text in the encoding of the file."""
-        if self._encoder is None:  # one for the whole text: it writes a byte order mark once
-            self._encoder = codecs.getincrementalencoder(self.encoding)("surrogateescape")
-        return self._encoder.encode(text)
+        return text.encode(self.encoding, self.errors)

@@ -1,17 +1,16 @@
-"""Restoring accents, ñ and ü: which form of each word is meant is decided in its context.
+"""Restoring accents, ñ and ü: the form of each word is chosen in its context.
 
-1. The n-gram counts know the words of the training text, and pairs of words. The most likely path
-   through all forms of the words of a text is found by the Viterbi algorithm.
-2. Where other forms are nearly as likely, the model scores the text around the word with each of
-   them. The form with the highest score wins; its probability is its share.
+1. The forms of each word are those that the training text has. Sentences in another language, and
+   code, are left out.
+2. A bigram model of words, made from the n-gram counts, gives the most likely path through the
+   forms (Viterbi algorithm).
+3. Where other forms are nearly as likely, the model scores the text around the word with each.
+4. The form with the highest score wins; its probability is the softmax of the scores. A text that
+   has most of its marks has lost few of them: a form that adds a mark is multiplied by the share of
+   marks that are missing, which is estimated from the text (the block, of a long one).
 
-3. A text that has marks has lost few of them: a form that adds a mark is multiplied by the share of
-   marks that are missing, which is estimated from the text itself.
-
-4. Sentences in another language, and code, stay as they are.
-
-A form f after a word w has the probability (c(w, f) + PRIOR p(f)) / (c(w) + PRIOR), where c are
-counts and p(f) is the relative frequency of f (MacKay & Peto 1995).
+In the bigram model a form f has after a word w the probability (c(w, f) + PRIOR p(f)) / (c(w) +
+PRIOR), with counts c and relative frequencies p: a Dirichlet prior (MacKay & Peto 1995).
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from ..ngrams.lexicon import Lexicon
 from ..tokenizer import BOS
 from .words import MARKED, Word, find_words, sentence_ends
 
-PRIOR = 200  # occurrences
-UNSEEN = 0.1  # more occurrences of each form
+PRIOR = 200  # concentration of the Dirichlet prior, in occurrences
+UNSEEN = 0.1  # pseudo-count that is added to each form
 MAX_LOG_ODDS = 4.0  # nats by which a form may be less likely by the counts and still be scored
-COUNT_WEIGHT = 0.5  # of the counts' log-odds beside the model's, which knows the counts, too
+COUNT_WEIGHT = 0.5  # of the bigram model's score beside the model's, which knows the counts, too
 N_BEFORE, N_AFTER = 80, 32  # characters around a word that are scored with it
 BATCH_TOKENS = 8192
 EM_ITERATIONS = 8
@@ -77,7 +76,7 @@ class Restorer:
         many characters as the word.
 
         Args:
-            force: also reconsider words that have marks.
+            force: also reconsider words that have marks, and assume that any mark may be missing.
         """
         # Step 1: the forms of each word, and where sentences begin.
         words, ends = list(find_words(text, force)), sentence_ends(text)
@@ -93,26 +92,26 @@ class Restorer:
             letters[word.begin : word.end] = form
         # Step 3: score the forms that are nearly as likely.
         max_len = self.model.config.max_len
-        log_odds: list[dict[str, float]] = []
+        scores: list[dict[str, float]] = []  # of the forms of each word, in nats
         rows: list[tuple[int, str, bytes]] = []
         for i, (word, sentence) in enumerate(zip(words, sentences, strict=True)):
             likely = self.likely_forms(words, sentences, chosen, i)
-            log_odds.append(likely)
+            scores.append(likely)
             if len(likely) > 1:
                 begin, end = ends[sentence - 1] if sentence else 0, ends[sentence]
                 before, after = window(letters, word, begin, end, max_len)
                 for form in likely:
                     rows.append((i, form, (before + form.encode() + after)[:max_len]))
-        scores = text_log_probs(self.model, [row for *_, row in rows], self.dtype)
-        for (i, form, _), score in zip(rows, scores, strict=True):
-            log_odds[i][form] = COUNT_WEIGHT * log_odds[i][form] + score
+        log_probs = text_log_probs(self.model, [row for *_, row in rows], self.dtype)
+        for (i, form, _), log_prob in zip(rows, log_probs, strict=True):
+            scores[i][form] = COUNT_WEIGHT * scores[i][form] + log_prob
         # Step 4: choose.
         originals = [text[word.begin : word.end] for word in words]
-        log_omission = 0.0 if force else math.log(omission_rate(originals, log_odds))
-        for word, original, odds in zip(words, originals, log_odds, strict=True):
-            odds = {f: value + (f != original) * log_omission for f, value in odds.items()}
-            form = max(odds, key=odds.__getitem__)
-            prob = 1 / sum(math.exp(value - odds[form]) for value in odds.values())
+        log_omission = 0.0 if force else math.log(omission_rate(originals, scores))
+        for word, original, values in zip(words, originals, scores, strict=True):
+            values = {f: value + (f != original) * log_omission for f, value in values.items()}
+            form = max(values, key=values.__getitem__)
+            prob = 1 / sum(math.exp(value - values[form]) for value in values.values())
             yield WordForm(word.begin, word.end, form, prob)
 
     def foreign_words(self, words: Sequence[Word], sentences: Sequence[int]) -> list[bool]:
@@ -137,7 +136,8 @@ class Restorer:
         """Returns the forms that the training text has; all of them if it has none."""
         if len(forms) == 1:
             return forms
-        return [form for form in forms if self.lexicon.count(form)] or forms
+        found = [form for form in forms if self.lexicon.count(form)]
+        return forms[:1] * (len(found) > 0 and forms[0] not in found) + (found or forms)
 
     def log_prob(self, form: str, previous: str | None) -> float:
         """Returns the logarithm of the probability of a form after another word, by the counts;
@@ -190,11 +190,11 @@ class Restorer:
 def restore(
     model: HRMModel, text: str, *, force: bool = False, min_p: float = 0.0, precision: str = "auto"
 ) -> str:
-    """Restores the accents, ñ and ü of a text. Nothing else in it changes.
+    """Returns a text with its accents, ñ and ü. Nothing else in it changes.
 
     Args:
         model: pretrained on text.
-        force: also reconsider words that have marks.
+        force: also reconsider words that have marks, and assume that any mark may be missing.
         min_p: leave words as they are whose best form is less probable than this.
 
     Raises:
@@ -207,22 +207,23 @@ def restore(
     return "".join(letters)
 
 
-def omission_rate(words: Sequence[str], log_odds: Sequence[dict[str, float]]) -> float:
-    """Estimates the probability that the writer left out the marks of a word that has some, by
-    expectation maximization: in a text with most of its marks, few are missing.
+def omission_rate(words: Sequence[str], scores: Sequence[dict[str, float]]) -> float:
+    """Estimates the probability, 0 to 1, that the writer left out the marks of a word that has
+    some, by expectation maximization.
 
     Args:
-        log_odds: of the forms of each word.
+        words: as they are written.
+        scores: of the forms of each word, in nats.
     """
     n_marked = sum(not MARKED.isdisjoint(word) for word in words)
     rate = 1.0
     for _ in range(EM_ITERATIONS if n_marked else 0):
         n_omitted = 0.0
-        for word, odds in zip(words, log_odds, strict=True):
-            if len(odds) > 1 or word not in odds:
-                best = max(odds.values())
-                changed = rate * sum(math.exp(v - best) for f, v in odds.items() if f != word)
-                n_omitted += changed / (changed + math.exp(odds.get(word, -math.inf) - best))
+        for word, values in zip(words, scores, strict=True):
+            if len(values) > 1 or word not in values:
+                best = max(values.values())
+                changed = rate * sum(math.exp(v - best) for f, v in values.items() if f != word)
+                n_omitted += changed / (changed + math.exp(values.get(word, -math.inf) - best))
         rate = (n_omitted + 1) / (n_omitted + n_marked + 1)
     return rate
 
@@ -247,7 +248,7 @@ def window(letters: Sequence[str], word: Word, begin: int, end: int, max_len: in
 
 @torch.inference_mode()
 def text_log_probs(model: HRMModel, texts: Sequence[bytes], dtype: torch.dtype) -> list[float]:
-    """Returns the log-probability of each text, as the beginning of a document."""
+    """Returns the log-probability of each text, in nats, as the beginning of a document."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     log_probs = [0.0] * len(texts)
     while order:

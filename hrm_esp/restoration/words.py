@@ -17,7 +17,8 @@ from ..data import strip_accents
 ACUTE = dict(zip("aeiouAEIOU", "áéíóúÁÉÍÓÚ", strict=True))
 TILDE, DIAERESIS = {"n": "ñ", "N": "Ñ"}, {"u": "ü", "U": "Ü"}
 MARKED = frozenset("áéíóúÁÉÍÓÚñÑüÜ")
-MAX_TILDES = 3  # an n or u in a word that may have a mark
+MAX_VARIED = 2  # letters n and u of a word that may be ñ and ü: 2^2 combinations at most
+MAX_LETTERS = 24  # of a word that has other forms
 WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f])*")  # letters and combining marks
 EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 # What addresses, file names, code and damaged text have, anywhere or only between two letters.
@@ -47,7 +48,8 @@ def find_words(text: str, force: bool = False) -> Iterator[Word]:
         for match in WORD.finditer(text, chunk.start(), chunk.end()):
             word = match[0]
             is_open = word.isascii() or (force and all(c.isascii() or c in MARKED for c in word))
-            forms = word_forms(strip_accents(word)) if is_open and not is_code else [word]
+            is_open = is_open and not is_code and len(word) <= MAX_LETTERS
+            forms = word_forms(strip_accents(word)) if is_open else [word]
             yield Word(match.start(), match.end(), forms)
 
 
@@ -64,7 +66,7 @@ def word_forms(word: str) -> list[str]:
         elif letter in ACUTE and not (letter in DIAERESIS and before == "q"):
             vowels.append((i, ACUTE[letter]))
     forms = []
-    for chosen in itertools.product((False, True), repeat=len(others[:MAX_TILDES])):
+    for chosen in itertools.product((False, True), repeat=len(others[:MAX_VARIED])):
         marks = list(itertools.compress(others, chosen))
         for acute in ([], *([vowel] for vowel in vowels)):
             letters = list(word)
