@@ -116,11 +116,13 @@ def run(tmp_path: Path, hrm_esp_command: list[str]) -> Run:
 
     def run(*args: object, cwd: Path = tmp_path, **keywords: object) -> Any:
         command = hrm_esp_command
+        if not {"input", "stdin"} & keywords.keys():
+            keywords["stdin"] = subprocess.DEVNULL  # what comes through a pipe is read
         if "preexec_fn" in keywords:  # of a process of its own
             command = [sys.executable, "-m", "hrm_esp"]
         return subprocess.run(
             [*command, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-            encoding="utf-8", timeout=240, **{"stdin": subprocess.DEVNULL} | keywords,
+            encoding="utf-8", timeout=240, **keywords,
         )  # type: ignore[call-overload]  # fmt: skip
 
     return run

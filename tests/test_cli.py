@@ -550,16 +550,17 @@ def test_info_says_what_made_a_checkpoint(trained: Path, run: Run, tmp_path: Pat
     assert known["size"].startswith("1 + 2 layers of 32: 95,429 weights")
     assert known["command"].startswith("hrm-esp pretrain corpus.txt --steps 40")
     assert any(
-        line.startswith("trained on") and "corpus.txt: 5,775 bytes, 72 documents" in line
+        line.startswith("trained on") and "corpus.txt (5,775 bytes, utf-8, --sep line)" in line
         for line in lines
     )
     described = {line.split()[0] for line in lines[lines.index("") + 1 :]}
     assert described == {p.name for p in checkpoint.parent.iterdir()} - {"sample.txt"}
     newest = run("info", checkpoint.parent).stdout
-    assert "finetune_best.pt" in newest and "; then pairs.tsv: 48 rows" in newest
+    assert "finetune_best.pt" in newest and ", pairs.tsv (48 prompts)" in newest
     for language, word in (("es", "entrenado"), ("en", "trained")):
         card = run("info", checkpoint, "--card", language).stdout
         assert card.startswith("---\nlanguage: es\n") and word in card and "corpus.txt" in card
+        assert ("95.429 pesos" in card) == (language == "es")
     assert run("info", tmp_path).returncode == 2
     # A folder is a checkpoint for every command.
     text = run("generate", "--ckpt", checkpoint.parent, "--prompt", "3").stdout

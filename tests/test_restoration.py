@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -183,6 +184,35 @@ def test_the_command_keeps_every_byte_between_words(
     assert strip_accents(restored[len(strange) :]) == text[len(strange) :]
 
 
+@pytest.mark.parametrize(
+    "data, encoding",
+    [
+        (b"\xfe\xff" + "niña\r\n".encode("utf-16-be"), "utf-8"),
+        (b"\xff\xfe" + "niña".encode("utf-16-le") + b"\x00\xd8", "utf-8"),
+        ("niña\n".encode("utf-16-le"), "utf-16"),
+        ("niña\n".encode("utf-32"), "utf-32"),
+        (b"\xef\xbb\xbfnina\n\xff", "utf-8"),
+        ("niña\n".encode(), "utf-8-sig"),
+        ("niña\n".encode("cp850"), "cp850"),
+        (b"", "utf-8"),
+        (b"\n" * 40_000, "utf-8"),
+        ("ñ".encode() * 40_000, "utf-8"),
+    ],
+)
+def test_blocks_keep_every_byte(tmp_path: Path, data: bytes, encoding: str) -> None:
+    (tmp_path / "text.txt").write_bytes(data)
+    blocks = TextBlocks(tmp_path / "text.txt", encoding)
+    assert b"".join(map(blocks.encode, blocks)) == data
+
+
+def test_long_words_take_no_time(model: HRMModel) -> None:
+    text = f"La {'na' * 500} buscó {'ne' * 60} {'nu' * 40} y una pina en el jardin. " + "nan" * 9000
+    begin = time.perf_counter()
+    restored = restore(model, text)
+    assert time.perf_counter() - begin < 20
+    assert restored == text.replace("pina", "piña").replace("jardin", "jardín")
+
+
 def test_diff_and_json(trained: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Nada.\nLa nina guardo una pina\n\nen el jardin\n")
     flags = ("a.txt", "--ckpt", trained / "checkpoints" / "pretrain_best.pt")
@@ -215,5 +245,6 @@ def test_models_that_cannot_restore(trained: Path, run: Run, tmp_path: Path) -> 
     assert out.returncode == 2 and "was finetuned" in out.stderr and not out.stdout
     with pytest.raises(HRMError, match="has no n-gram counts"):
         restore(random_model(count_max=0), "La nina.")
-    out = run("restore", "a.txt", "--encoding", "ascii")
-    assert out.returncode == 2 and "no letters with accents" in out.stderr
+    for encoding in ("ascii", "utf-7", "unicode_escape", "base64", "idna", "cp500", "nothing"):
+        out = run("restore", "a.txt", "--encoding", encoding)
+        assert out.returncode == 2 and out.stderr.count("\n") == 1 and encoding in out.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ FILES = {
     ".pt": ("a model during the run", "may be deleted"),
 }
 UNKNOWN = "-"
+SWAPPED = str.maketrans(",.", ".,")
 FRONT_MATTER = """---
 language: es
 library_name: hrm-esp
@@ -38,15 +40,15 @@ Modelo de lenguaje para el español, byte a byte, entrenado con HRM-ESP {version
 
 | | |
 | --- | --- |
-| tamaño | {weights:,} pesos y {counts:,} cuentas de n-gramas |
+| tamaño | {weights:,} pesos y {counts:,} conteos de n-gramas |
 | entrenado con | {data} |
 | bytes leídos en el entrenamiento | {seen:,} |
-| bits por byte en texto apartado | {score} |
+| bits por byte en datos no vistos | {score} |
 | fecha | {date} |
 
 ```
 {command}
-hrm-esp generate --ckpt {file} --prompt "Había una vez"
+hrm-esp generate --ckpt {file}
 ```
 
 Lo que escribe se parece a los textos con los que se entrenó, pero no es información fiable.""",
@@ -59,12 +61,12 @@ A byte-level language model for Spanish, trained with HRM-ESP {version}.
 | size | {weights:,} weights and {counts:,} n-gram counts |
 | trained on | {data} |
 | bytes seen in training | {seen:,} |
-| bits per byte on held-out text | {score} |
+| bits per byte on held-out data | {score} |
 | date | {date} |
 
 ```
 {command}
-hrm-esp generate --ckpt {file} --prompt "Había una vez"
+hrm-esp generate --ckpt {file}
 ```
 
 What it writes resembles the texts that it was trained on, but is no reliable information.""",
@@ -108,7 +110,7 @@ def read_facts(path: Path) -> Facts:
         size=size_name(checkpoint.config),
         weights=skeleton(checkpoint.config).n_parameters(),
         counts=n_counts,
-        data="; then ".join(filter(None, map(describe_data, origins.values()))) or UNKNOWN,
+        data=", ".join(filter(None, map(describe_data, origins.values()))) or UNKNOWN,
         seen=checkpoint.bytes_seen,
         steps=checkpoint.step,
         score=UNKNOWN if checkpoint.val_bpb is None else f"{checkpoint.val_bpb:.3f}",
@@ -131,10 +133,9 @@ def describe_data(origin: dict[str, Any]) -> str:
     if "data" not in origin:
         return ""
     if "rows" in origin:
-        return f"{origin['data']}: {origin['rows']:,} rows"
+        return f"{origin['data']} ({origin['rows']:,} prompts)"
     return (
-        f"{origin['data']}: {origin['bytes']:,} bytes, {origin['documents']:,} documents "
-        f"(--sep {origin['sep']}), {origin['encoding']}"
+        f"{origin['data']} ({origin['bytes']:,} bytes, {origin['encoding']}, --sep {origin['sep']})"
     )
 
 
@@ -174,4 +175,7 @@ def card(path: PathLike, language: str) -> str:
         HRMError: see `load_checkpoint` and `find_checkpoint`.
     """
     path = find_checkpoint(path) if Path(path).is_dir() else Path(path)
-    return FRONT_MATTER + CARDS[language].format_map(vars(read_facts(path)))
+    text = CARDS[language].format_map(vars(read_facts(path)))
+    if language == "es":  # 7,706,661 is 7.706.661, and 1.450 is 1,450
+        text = re.sub(r"(?<=[| (])\d[\d,.]*(?= )", lambda m: m[0].translate(SWAPPED), text)
+    return FRONT_MATTER + text
