@@ -60,19 +60,20 @@ TABLES = ("pairs.tsv", "pairs.csv", "pairs.jsonl")
 GOOD = {
     "--ckpt": CKPTS, "--val": (*TEXTS, *TABLES), "--prompts": (*TEXTS[:3], *TABLES, "-"),
     "--out_dir": ("new", "año", "a/b"), "--out": ("new.csv", "new.tsv", "new.jsonl", "new.png"),
-    "--predictions": ("new.tsv",), "--encoding": ("utf-8", "cp1252"), "--device": ("cpu",),
-    "--prompt_col": ("1", "prompt"), "--target_col": ("2", "target"),
+    "--predictions": ("new.tsv",), "--html": ("new.html",), "--encoding": ("utf-8", "cp1252"),
+    "--device": ("cpu",), "--prompt_col": ("1", "prompt"), "--target_col": ("2", "target"),
 }  # fmt: skip
 ARGUMENTS = {
     "pretrain": TEXTS, "finetune": TABLES, "generate": WORDS, "evaluate": (*TEXTS, *TABLES),
     "pairs": TEXTS, "plans": (*TEXTS, *TABLES, "La casa", "", "-Hola"), "plot": ("checkpoints",),
+    "restore": (*TEXTS, "-"), "info": ("checkpoints", *CKPTS),
 }  # fmt: skip
 SHORT = {
     "pretrain": ["--steps", "2", "--batch_size", "1", "--out_dir", "out", *SMALL],
     "finetune": ["--steps", "2", "--out_dir", "out"],
     "generate": ["--max_new_tokens", "8"],
 }
-OUTPUTS = ("-o", "--out", "--predictions")
+OUTPUTS = ("-o", "--out", "--predictions", "--html")
 ENVIRONMENTS = (
     {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "LANG": "C"}, {"COLUMNS": "10"},
     {"COLUMNS": "abc"}, {"WORLD_SIZE": "4"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"},

@@ -205,7 +205,9 @@ def test_a_process_that_dies_ends_the_run_and_loses_nothing(
 
 def test_processes_that_would_share_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL refuses them with an error that reads as if a process had gone."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    variables = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
+    for name, value in {**variables, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
     for n_gpus in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=n_gpus: n)
         refused = pytest.raises(HRMError, match="2 processes on this machine, but 1 GPU:")
