@@ -11,7 +11,7 @@ from typing import Any
 from ..config import SIZES, HRMConfig
 from ..files import PathLike
 from ..model.skeleton import skeleton
-from ..training import find_checkpoint, load_checkpoint
+from ..training import checkpoint_path, load_checkpoint
 from ..training.weights import ENTRIES
 
 # What the files of a run folder are for, by the ends of their names, and whether to keep them.
@@ -143,9 +143,9 @@ def describe(path: PathLike) -> Iterator[str]:
     """Yields the lines of `hrm-esp info` about a checkpoint, or the best one in a folder.
 
     Raises:
-        HRMError: see `load_checkpoint` and `find_checkpoint`.
+        HRMError: see `load_checkpoint` and `checkpoint_path`.
     """
-    path = find_checkpoint(path) if Path(path).is_dir() else Path(path)
+    path = checkpoint_path(path)
     known = read_facts(path)
     for name, value in (
         ("checkpoint", path),
@@ -172,9 +172,9 @@ def card(path: PathLike, language: str) -> str:
         language: ``es`` or ``en``.
 
     Raises:
-        HRMError: see `load_checkpoint` and `find_checkpoint`.
+        HRMError: see `load_checkpoint` and `checkpoint_path`.
     """
-    path = find_checkpoint(path) if Path(path).is_dir() else Path(path)
+    path = checkpoint_path(path)
     text = CARDS[language].format_map(vars(read_facts(path)))
     if language == "es":  # 7,706,661 is 7.706.661, and 1.450 is 1,450
         text = re.sub(r"(?<=[| (])\d[\d,.]*(?= )", lambda m: m[0].translate(SWAPPED), text)

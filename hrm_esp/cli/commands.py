@@ -181,10 +181,9 @@ def write_texts(
 def open_training_text(args: argparse.Namespace) -> ByteStream:
     """Opens the training text of the checkpoint, for --copied."""
     from ..analysis.copied import training_text
-    from ..training import find_checkpoint
+    from ..training import checkpoint_path, find_checkpoint
 
-    path = Path(args.ckpt or DEFAULT_DIR)
-    return training_text(find_checkpoint(path) if path.is_dir() or args.ckpt is None else path)
+    return training_text(find_checkpoint() if args.ckpt is None else checkpoint_path(args.ckpt))
 
 
 def keep_texts(completions: Iterable[Completion], texts: list[str]) -> Iterator[Completion]:

@@ -77,9 +77,7 @@ def change(config: GenerationConfig, name: str, value: str) -> GenerationConfig:
         print(HELP)
         return config
     if name not in SETTINGS:
-        raise HRMError(
-            "nothing to repeat yet" if name == "/again" else "no such command: see /help"
-        )
+        raise HRMError("no such command: see /help")
     field, kind, _ = SETTINGS[name]
     changes: dict[str, Any] = {field: None}
     if field == "plan_code":

@@ -133,11 +133,11 @@ class Restorer:
         return found
 
     def known_forms(self, forms: list[str]) -> list[str]:
-        """Returns the forms that the training text has; all of them if it has none."""
-        if len(forms) == 1:
+        """Returns the first form and those that the training text has; all if it has none."""
+        counts = list(map(self.lexicon.count, forms))
+        if not any(counts):
             return forms
-        found = [form for form in forms if self.lexicon.count(form)]
-        return forms[:1] * (len(found) > 0 and forms[0] not in found) + (found or forms)
+        return forms[:1] + [f for f, n in zip(forms[1:], counts[1:], strict=True) if n]
 
     def log_prob(self, form: str, previous: str | None) -> float:
         """Returns the logarithm of the probability of a form after another word, by the counts;

@@ -1,6 +1,7 @@
 """Training: loss, loop, checkpoints, pretraining and finetuning."""
 
 from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import checkpoint_path as checkpoint_path
 from .checkpoint import find_checkpoint as find_checkpoint
 from .checkpoint import load_checkpoint as load_checkpoint
 from .checkpoint import load_model as load_model

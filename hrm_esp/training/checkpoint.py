@@ -106,9 +106,7 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
         HRMError: missing, damaged, not from hrm-esp, from another version of it, or with
             weights that no model has.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = find_checkpoint(path)
+    path = checkpoint_path(path)
     if not path.is_file():  # a device may have no end
         raise HRMError(f"no checkpoint {path}: run hrm-esp pretrain first, or give --ckpt")
     content = read_archive(path)
@@ -188,6 +186,15 @@ def find_checkpoint(folder: PathLike = DEFAULT_DIR, stages: tuple[str, ...] = ST
         raise HRMError(f"no checkpoint in {folder}: run hrm-esp {stages[0]} first, or give --ckpt")
     newest = max(found, key=lambda p: p.stat().st_mtime_ns).name.partition("_")[0]
     return next(p for p in found if p.name.startswith(newest))
+
+
+def checkpoint_path(path: PathLike) -> Path:
+    """Returns the path of a checkpoint; of a folder, that of the best one of its newest run.
+
+    Raises:
+        HRMError: the folder has none.
+    """
+    return find_checkpoint(path) if Path(path).is_dir() else Path(path)
 
 
 def load_model(path: PathLike | None = None, device: torch.device | str = "cpu") -> HRMModel:
