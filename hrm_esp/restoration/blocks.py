@@ -39,22 +39,24 @@ class TextBlocks:
         with read_errors(path, encoding):
             self.encoding = codecs.lookup(encoding).name.removesuffix("-sig")
             self.encoding = WIDE.get(self.encoding, self.encoding)
-            is_wide = self.encoding.startswith(("utf-16", "utf-32"))
             refused = HRMError(f"a text in {encoding} cannot be restored: give another --encoding")
             try:
                 "áéíóúüñ".encode(self.encoding)
                 ascii_bytes = string.printable.encode(self.encoding)
             except UnicodeError as error:
                 raise refused from error
-            if not is_wide and ascii_bytes != string.printable.encode():
+            if not self.is_wide and ascii_bytes != string.printable.encode():
                 raise refused
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a character has at least two bytes."""
+        return self.encoding.startswith(("utf-16", "utf-32"))
 
     @property
     def errors(self) -> str:
         """How what cannot be decoded is kept."""
-        return (
-            "surrogatepass" if self.encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
-        )
+        return "surrogatepass" if self.is_wide else "surrogateescape"
 
     def __iter__(self) -> Iterator[str]:
         """Yields the blocks.
@@ -87,7 +89,7 @@ class TextBlocks:
             self.encoding = marked
         elif marked_encoding(data) is not None:
             self.encoding = "utf-8"
-        elif not self.encoding.startswith(("utf-16", "utf-32")) and is_binary(data):
+        elif not self.is_wide and is_binary(data):
             raise HRMError(f"{display_name(self.path)} is not text in {self.encoding}")
         elif is_utf8(self.encoding):
             stats = TextStats()

@@ -15,9 +15,8 @@ from collections.abc import Callable
 import torch
 from common import machine, new_parser
 
-from hrm_esp import load_model
+from hrm_esp import load_model, restore
 from hrm_esp.data import load_corpus_lines, strip_accents, to_bytes
-from hrm_esp.restoration import Restorer
 
 WORD = re.compile(r"\w+")
 
@@ -43,13 +42,6 @@ def most_frequent_forms(path: str) -> Callable[[str], str]:
     return lambda text: WORD.sub(lambda match: forms.get(match[0], match[0]), text)
 
 
-def restored(restorer: Restorer, text: str) -> str:
-    letters = list(text)
-    for begin, end, form, _ in restorer.restore_words(text):
-        letters[begin:end] = form
-    return "".join(letters)
-
-
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("train", help="training text")
@@ -59,9 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     text = read(args.held_out)[: args.characters]
     plain = strip_accents(text)
-    restorer = Restorer(load_model(args.ckpt))
+    model = load_model(args.ckpt)
     begin = time.perf_counter()
-    found = restored(restorer, plain)
+    found = restore(model, plain)
     seconds = time.perf_counter() - begin
     assert strip_accents(found) == plain
     frequent = most_frequent_forms(args.train)(plain)
@@ -70,7 +62,7 @@ def main() -> None:
     print(f"| unchanged | {share_wrong(plain, text):.2%} |")
     print(f"| most frequent form of each word | {share_wrong(frequent, text):.2%} |")
     print(f"| restore | {share_wrong(found, text):.2%} |")
-    kept = share_wrong(restored(restorer, text), text)
+    kept = share_wrong(restore(model, text), text)
     print(f"| restore, given the text with its marks | {kept:.2%} |")
     print(f"{len(plain.encode()) / seconds:,.0f} bytes/s")
 
