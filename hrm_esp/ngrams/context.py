@@ -173,7 +173,7 @@ class NgramContext:
         if not tokens:
             return []
         hashes, valid = ContextHasher(torch.tensor([tokens])).hashes(self.index.recent_orders)
-        rows = zip(hashes[0].tolist(), valid[0].tolist(), strict=True)
+        rows = zip(hashes[0].T.tolist(), valid[0].T.tolist(), strict=True)
         return [[h for h, v in zip(*row, strict=True) if v] for row in rows]
 
     def _count(self, keys: list[int], token: int) -> None:

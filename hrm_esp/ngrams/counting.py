@@ -145,9 +145,9 @@ def word_keys(stream: ByteStream, begin: int, end: int, order: int) -> NDArray[n
     token after each."""
     n_preceding = min(begin, PRECEDING_BYTES)
     ids = torch.from_numpy(as_inputs(stream[begin - n_preceding : end]))[None]
-    hashes, _ = ContextHasher(ids[:, n_preceding:], ids[:, :n_preceding]).hashes([order])
+    hashes, _ = ContextHasher(ids).hashes([order], n_preceding)
     keys: NDArray[np.int64] = entry_key(
-        hashes[0, :, 0].numpy(), as_targets(stream[begin + 1 : end + 1])
+        hashes[0, 0].numpy(), as_targets(stream[begin + 1 : end + 1])
     )
     return keys
 

@@ -9,13 +9,13 @@ The hash of tokens t_1 .. t_n, t_n the newest, is the sum of (t_i + 1) F^(n - i)
 as int64, with F = HASH_FACTOR. F is odd, so it has an inverse: the hash of any part of a row is a
 difference of cumulative sums of (t_i + 1) F^-i, times a power of F.
 
-Shapes: B rows, T positions, R preceding positions, N orders.
+Shapes: B rows, T positions, N orders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,66 +32,72 @@ WORD, TWO_WORDS = WORD_ORDERS = (1001, 1002)  # above every order of n-grams: th
 
 
 class ContextHasher:
-    """Hashes the contexts at each of ids (B, T), after preceding_ids (B, R). PAD is no token."""
+    """Hashes the contexts at each of ids (B, T). PAD is no token."""
 
-    def __init__(self, ids: Tensor, preceding_ids: Tensor | None = None) -> None:
-        self.n_positions = ids.shape[1]
-        self.ids = ids if preceding_ids is None else torch.cat((preceding_ids, ids), dim=1)
-        self.position = torch.arange(self.ids.shape[1], device=ids.device)
-        self.powers, self.inverse_powers = (
-            torch.full_like(self.position, signed(factor)).cumprod(0).roll(1)
-            for factor in (HASH_FACTOR, pow(HASH_FACTOR, -1, 2**64))
-        )
-        self.powers[:1] = self.inverse_powers[:1] = 1
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+        self.position = torch.arange(ids.shape[1], device=ids.device)
+        self.powers, self.inverse_powers = factor_powers(ids.shape[1], ids.device)
         # Where the document begins, at each position; at a PAD, the position after it.
-        begin = torch.where(self.ids == PAD, self.position + 1, 0)
-        begin = torch.where(self.ids == BOS, self.position, begin)
+        begin = torch.where(ids == PAD, self.position + 1, 0)
+        begin = torch.where(ids == BOS, self.position, begin)
         self.document_begin = begin.cummax(1).values
-        self.sums = self._cumulative(self.ids + 1)
+        self.sums = self._cumulative(ids + 1)
 
     def _cumulative(self, values: Tensor) -> Tensor:
-        """Returns the sums of values (B, R + T) times F^-i over all positions before: one more."""
+        """Returns the sums of values (B, T) times F^-i over all positions before: one more."""
         return F.pad((values * self.inverse_powers).cumsum(1), (1, 0))
 
-    def hashes(self, orders: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Returns the hashes of the contexts of some orders, those of words first, (B, T, N) int64,
-        and which contexts are valid, (B, T, N) bool."""
+    def hashes(self, orders: Sequence[int], first: int = 0) -> tuple[Tensor, Tensor]:
+        """Returns the hashes of the contexts of some orders, those of words first, (B, N, T) int64,
+        and which contexts are valid, (B, N, T) bool; of the positions from ``first`` on."""
         parts = []
         if words := [n - WORD for n in orders if n in WORD_ORDERS]:
-            parts.append(tuple(values[..., words[0] : words[-1] + 1] for values in self.words))
+            parts.append([x[:, words[0] : words[-1] + 1, first:] for x in self.words])
         if ngrams := [n for n in orders if n not in WORD_ORDERS]:
-            parts.append(self.ngrams(ngrams))
-        hashes, is_valid = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+            parts.append(list(self.ngrams(ngrams, first)))
+        hashes, is_valid = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return hashes, is_valid
 
-    def ngrams(self, orders: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Returns the hashes of n-grams (B, T, N) int64, and which are valid, (B, T, N) bool."""
-        n_preceding = len(self.position) - self.n_positions
-        end = self.position[n_preceding:]
-        document_begin = self.document_begin[:, n_preceding:, None]
-        first = end[:, None] + 1 - torch.tensor(orders, device=end.device)
-        begin = torch.maximum(first, document_begin)
-        sums = self.sums.gather(1, begin.flatten(1)).view_as(begin)
-        hashes = (self.sums[:, end + 1, None] - sums) * self.powers[end, None]
-        return hashes, first >= document_begin
+    def ngrams(self, orders: Sequence[int], first: int) -> tuple[Tensor, Tensor]:
+        """Returns the hashes of n-grams (B, N, T) int64, and which are valid, (B, N, T) bool."""
+        lengths = order_lengths(tuple(orders), self.ids.device)
+        begin, document_begin = self.position[first:] + 1 - lengths, self.document_begin[:, None]
+        document_begin = document_begin[..., first:]
+        from_document = torch.maximum(begin, document_begin)
+        sums = self.sums.gather(1, from_document.flatten(1)).view_as(from_document)
+        hashes = (self.sums[:, None, first + 1 :] - sums) * self.powers[first:]
+        return hashes, begin >= document_begin
 
     @cached_property
     def words(self) -> tuple[Tensor, Tensor]:
-        """The hashes of WORD and TWO_WORDS (B, T, 2) int64, and which are valid, (B, T, 2)
+        """The hashes of WORD and TWO_WORDS (B, 2, T) int64, and which are valid, (B, 2, T)
         bool."""
         # Step 1: the word so far.
-        letter, token = is_letter(self.ids), fold_case(self.ids) + 1
-        sums = self._cumulative(token)
+        letter, sums = is_letter(self.ids), self._cumulative(fold_case(self.ids) + 1)
         begin = torch.where(letter, -1, self.position).cummax(1).values + letter
         word = (sums[:, 1:] - sums.gather(1, begin)) * self.powers
         # Step 2: the word before, if it is in the same document.
         is_end = F.pad(letter[:, :-1], (1, 0)) & ~letter
         end = torch.where(is_end, self.position - 1, -1).cummax(1).values
         previous = word.gather(1, end.clamp(min=0)) * (end >= self.document_begin)
-        hashes = torch.stack(hash_words(word, previous), dim=-1)
-        is_valid = (self.ids != PAD)[..., None].expand_as(hashes)
-        n_preceding = len(self.position) - self.n_positions
-        return hashes[:, n_preceding:], is_valid[:, n_preceding:]
+        hashes = torch.stack(hash_words(word, previous), dim=1)
+        return hashes, (self.ids != PAD)[:, None].expand_as(hashes)
+
+
+@lru_cache(maxsize=64)
+def factor_powers(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the powers 0 to n - 1 of HASH_FACTOR and of its inverse modulo 2^64, (n,) int64."""
+    factors = signed(HASH_FACTOR), signed(pow(HASH_FACTOR, -1, 2**64))
+    powers = [np.full(n, factor).cumprod() for factor in factors]
+    first, second = (torch.from_numpy(np.append(1, p)[:n]).to(device) for p in powers)
+    return first, second
+
+
+@lru_cache(maxsize=64)
+def order_lengths(orders: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns orders of n-grams as a column, (N, 1) int64."""
+    return torch.tensor(orders, device=device)[:, None]
 
 
 def hash_words(word: Any, previous: Any) -> tuple[Any, Any]:

@@ -43,13 +43,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import RECENT_ORDERS, HRMConfig
 from ..data.stream import ByteStream
 from ..tokenizer import PAD, VOCAB_SIZE
 from .context import Array, Continuations, NgramContext, NgramIndex, sort_orders
-from .hashing import WORD_ORDERS
+from .hashing import WORD_ORDERS, ContextHasher
 from .table import TABLE_ORDERS, NgramTable, following_tokens, recent_counts
 
 MAX_NGRAM_MASS = 1 - 2**-12  # M above
@@ -181,6 +182,9 @@ class CountGates(nn.Module):
 class NgramMixture(nn.Module):
     """Mixes the network's distribution with n-gram counts; see the equation above."""
 
+    sort_index: Tensor  # (N,) int64, the permutation that sorts the orders
+    sorted_index: Tensor  # (N,) int64, its inverse
+
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
         self.recent_len = config.recent_len
@@ -190,7 +194,8 @@ class NgramMixture(nn.Module):
         )
         self.table = NgramTable(table_orders)
         orders = self.table.orders + self.recent_orders
-        self.sort_index, self.sorted_index = sort_orders(orders)
+        for name, index in zip(("sort_index", "sorted_index"), sort_orders(orders), strict=True):
+            self.register_buffer(name, torch.tensor(index), persistent=False)
         self.n_features = VOCAB_SIZE + 2 * len(orders)
         self.count_gates = CountGates(len(orders))
         self.count_weights = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]).repeat(len(orders), 1))
@@ -232,36 +237,57 @@ class NgramMixture(nn.Module):
             The continuations, as tensors, and how often each context was continued by the target,
             (P, N).
         """
-        preceding_ids = self._recent(ids[:, :0] if preceding_ids is None else preceding_ids)
-        next_tokens = torch.where(targets == PAD, following_tokens(ids), targets)
+        # Step 1: hash the contexts.
+        n_preceding = 0
+        sequence = ids
+        if preceding_ids is not None:
+            preceding_ids = self._recent(preceding_ids)
+            n_preceding = preceding_ids.shape[1]
+            sequence = torch.cat((preceding_ids, ids), dim=1)
+        next_tokens = following_tokens(sequence)
+        target_tokens = next_tokens[:, n_preceding:]
+        target_tokens.copy_(torch.where(targets == PAD, target_tokens, targets))
+        hasher = ContextHasher(sequence)
+        in_window = hasher.hashes(self.table.orders, n_preceding)
+        # Step 2: look them up.
         counts = (
-            self.table.lookup(ids, next_tokens, preceding_ids, leave_one_out),
-            recent_counts(ids, next_tokens, preceding_ids, self.recent_orders),
+            self.table.lookup(*in_window, ids, target_tokens, leave_one_out),
+            recent_counts(*hasher.hashes(self.recent_orders), next_tokens, n_preceding),
         )
+        # Step 3: sort by order.
+        (n_rows, n), n_orders = ids.shape, len(self.sort_index)
         context_count, n_continuations, continuation_count = (
-            torch.cat([c[i] for c in counts], dim=-1).flatten(0, 1)[:, self.sort_index]
-            for i in range(3)
+            torch.stack([torch.cat([c[i][..., -n:] for c in counts], dim=1) for i in range(3)])
+            .transpose(-1, -2)
+            .index_select(-1, self.sort_index)
+            .flatten(1, 2)
         )
         n_continuations = torch.where(context_count > 0, n_continuations, 0)
-        # An index among the table's or the recent contexts becomes one among all of them.
-        n_table, n_orders = len(self.table.orders), len(self.sorted_index)
-        order_index = torch.tensor(self.sorted_index, device=ids.device)
-        context_index = torch.cat(
+        # Step 4: indices among the contexts of one source become those among all of them.
+        position = torch.arange(n_rows * n, device=ids.device).view(n_rows, 1, n)
+        position, index = (
             [
-                c.context_index // len(order) * n_orders + order[c.context_index % len(order)]
-                for c, order in zip(
-                    counts, (order_index[:n_table], order_index[n_table:]), strict=True
+                F.pad(x, (c.context_count.shape[-1] - n, 0)).flatten()[c.context_index]
+                for x, c in zip(
+                    values.split([len(self.table.orders), len(self.recent_orders)], 1),
+                    counts,
+                    strict=True,
                 )
             ]
+            for values in (
+                position.expand(n_rows, n_orders, n),
+                position * n_orders + self.sorted_index[:, None],
+            )
         )
+        context_index = torch.cat(index)
         found = Continuations(
             ids.flatten(),
             context_count,
             torch.cat((context_count, n_continuations), dim=-1).log1p(),
             context_index,
-            context_index // n_orders * VOCAB_SIZE + torch.cat([c.tokens for c in counts]),
+            torch.cat(position) * VOCAB_SIZE + torch.cat([c.tokens for c in counts]),
             torch.cat([c.counts for c in counts])
-            / context_count.flatten()[context_index].clamp(min=1),
+            / context_count.clamp(min=1).flatten()[context_index],
         )
         return found, continuation_count
 

@@ -4,8 +4,7 @@ An *entry* is a context and the token that continued it. A context of order n is
 The table holds all entries of all orders in one sorted array, so that the entries of one context
 lie side by side.
 
-Shapes: B rows, T positions, R preceding positions, N orders, E entries, M pairs of a context and a
-token.
+Shapes: B rows, T positions, N orders, E entries, M pairs of a context and a token.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..files import mmap_cached
 from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
 from .counting import count_ngrams
 from .entries import COUNT_BITS, COUNTS, MAX_CODE, chunks, entry_key, entry_tokens, last_key
-from .hashing import WORD_ORDERS, ContextHasher
+from .hashing import WORD_ORDERS, order_lengths
 
 TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 TABLE_VERSION = 3  # of the entries that a text becomes: changing it counts again
@@ -48,15 +47,15 @@ def is_valid_table(entries: Tensor) -> bool:
 
 
 class ContextCounts(NamedTuple):
-    """Counts of the contexts at each position, for each order.
+    """Counts of the contexts of each order at each position.
 
-    ``context_count``: how often the context occurred, 0 if it is not to be used, (B, T, N).
-    ``n_continuations``: by how many different tokens it was continued, (B, T, N).
-    ``continuation_count``: how often by the token that comes next here, (B, T, N).
+    ``context_count``: how often the context occurred, 0 if it is not to be used, (B, N, T).
+    ``n_continuations``: by how many different tokens it was continued, (B, N, T).
+    ``continuation_count``: how often by the token that comes next here, (B, N, T).
 
     Then M pairs of a context and a token that continued it, (M,) each: ``context_index`` into the
-    B * T * N contexts, ``tokens``, and ``counts``. A pair may be there several times; its counts
-    add up, and negative ones are subtracted.
+    B * N * T contexts, ``tokens``, and ``counts``. A pair may be there several times; its counts
+    add up, and negative ones are subtracted. The contexts that are not to be used have pairs, too.
     """
 
     context_count: Tensor
@@ -131,50 +130,55 @@ class NgramTable(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
     def lookup(
-        self, ids: Tensor, next_tokens: Tensor, preceding_ids: Tensor, leave_one_out: bool
+        self,
+        hashes: Tensor,
+        is_valid: Tensor,
+        ids: Tensor,
+        next_tokens: Tensor,
+        leave_one_out: bool,
     ) -> ContextCounts:
         """Looks up the contexts at all positions.
 
         Args:
+            hashes, is_valid: of the contexts, (B, N, T), see `ContextHasher.hashes`.
             ids, next_tokens: (B, T), the window and what comes after each of its tokens.
-            preceding_ids: (B, R), the text before the window.
             leave_one_out: subtract the counts of windows that are part of the counted text: all
                 windows if this table was built, and if it was loaded, those that seem to be.
         """
-        # Step 1: find the range of each context's entries.
-        hashes, valid = ContextHasher(ids, preceding_ids).hashes(self.orders)
-        keys = entry_key(hashes)
+        # Step 1: find the range of each context's entries, and the entry of the next token.
+        keys, next_keys = entry_key(hashes), entry_key(hashes, next_tokens[:, None])
         begin = torch.searchsorted(self.entries, keys)
         end = torch.searchsorted(self.entries, last_key(keys), right=True)
-        n_continuations = torch.where(valid, end - begin, 0)
+        n_continuations = torch.where(is_valid, end - begin, 0)
+        continuation_count = self._counts_of(next_keys) * is_valid
+        ranges = [(begin.flatten(), n_continuations.flatten())]
+        if leave_one_out:
+            # In the window each context occurs same_context.size times, each entry same_entry.size
+            # times.
+            same_context, same_entry = GroupedPositions(keys), GroupedPositions(next_keys)
+            is_known = continuation_count >= same_entry.size
+            own = OwnContinuations(same_context, same_entry, is_known)
+            ranges.append((own.begin, own.size))
         # Step 2: read the entries.
-        size = n_continuations.flatten()
-        index, context_index = concatenate_ranges(begin.flatten(), begin.flatten() + size)
+        (index, context_index), *own_ranges = concatenate_ranges(*ranges)
         entries = self.entries[index]
-        token = entry_tokens(entries)
-        count = self.count_values[entries & MAX_CODE]
-        total = F.pad(count.cumsum(0), (1, 0))
-        last = size.cumsum(0)
-        context_count = (total[last] - total[last - size]).view_as(n_continuations)
-        is_next = token == next_tokens.flatten()[context_index // len(self.orders)]
-        continuation_count = torch.zeros_like(n_continuations)
-        continuation_count.view(-1)[context_index[is_next]] = count[is_next]
+        tokens, counts = entry_tokens(entries), self.count_values[entries & MAX_CODE]
+        total, last = F.pad(counts.cumsum(0), (1, 0)), n_continuations.flatten().cumsum(0)
+        total = total[F.pad(last, (1, 0))]
+        context_count = (total[1:] - total[:-1]).view_as(n_continuations)
         if not leave_one_out:
             return ContextCounts(
-                context_count, n_continuations, continuation_count, context_index, token, count
+                context_count, n_continuations, continuation_count, context_index, tokens, counts
             )
-        # Step 3: subtract what the window itself added, if it is part of the counted text. In the
-        # window each context occurs same_context.size times, each entry same_entry.size times;
-        # an entry that occurs nowhere else is a continuation less. Where a row was cut out of a
-        # line, its end is an entry that the table does not hold.
-        same_context = GroupedPositions(keys)
-        same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
+        # Step 3: subtract what the window itself added, if it is part of the counted text. An entry
+        # that occurs nowhere else is a continuation less. Where a row was cut out of a line, its
+        # end is an entry that the table does not hold.
         only_here = (same_entry.rank == 0) & (continuation_count == same_entry.size)
-        unseen = (context_count > 0) & (continuation_count == 0)
-        counted: Tensor | int = 1  # of each row
+        counted = torch.ones_like(ids[:, :1, None])  # of each row
         if not self.is_built:
+            unseen = (context_count > 0) & (continuation_count == 0)
             counted = self._is_counted(ids, next_tokens, unseen).long()
-        held = counted * (continuation_count >= same_entry.size)
+        held = counted * is_known
         is_left = context_count > counted * same_context.size
         context_count = torch.where(is_left, context_count - same_context.total(held), 0)
         is_left = context_count >= counted * self.min_count
@@ -183,20 +187,29 @@ class NgramTable(nn.Module):
         n_continuations = n_continuations.clamp_(min=0)
         continuation_count = continuation_count - held * same_entry.size
         # An n-gram of which one occurrence is left has no longer ones either.
-        is_frequent = context_count[..., self.n_words : -1] > 1
-        is_frequent = F.pad(is_frequent, (self.n_words + 1, 0), value=True)
+        is_frequent = context_count[:, self.n_words : -1] > 1
+        is_frequent = F.pad(is_frequent, (0, 0, self.n_words + 1, 0), value=True)
         context_count = torch.where(is_frequent, context_count, 0)
-        own_index, own_tokens, own_counts = pair_continuations(
-            same_context, same_entry, next_tokens, context_count > 0, held > 0
-        )
+        own_index, own_tokens, own_counts = own.pairs(next_tokens, *own_ranges[0])
+        if not self.is_built:
+            own_counts = own_counts * counted.expand_as(hashes).flatten()[own_index]
         return ContextCounts(
             context_count,
             n_continuations,
             continuation_count,
             torch.cat((context_index, own_index)),
-            torch.cat((token, own_tokens)),
-            torch.cat((count, -own_counts)),
+            torch.cat((tokens, own_tokens)),
+            torch.cat((counts, -own_counts)),
         )
+
+    def _counts_of(self, keys: Tensor) -> Tensor:
+        """Returns the counts of entries by their keys, 0 of those that the table does not hold:
+        (B, N, T) -> (B, N, T)."""
+        if not len(self.entries):
+            return torch.zeros_like(keys)
+        index = torch.searchsorted(self.entries, keys).clamp_(max=len(self.entries) - 1)
+        code = self.entries[index] ^ keys  # the key of another entry differs in higher bits
+        return self.count_values[code & MAX_CODE] * ((code >= 0) & (code <= MAX_CODE))
 
     def _is_counted(self, ids: Tensor, next_tokens: Tensor, unseen: Tensor) -> Tensor:
         """Which rows are part of the counted text, (B, 1, 1) bool.
@@ -207,163 +220,157 @@ class NgramTable(nn.Module):
 
         Args:
             ids, next_tokens: (B, T).
-            unseen: (B, T, N), contexts of the table that the next token never continued.
+            unseen: (B, N, T), contexts of the table that the next token never continued.
         """
         position = torch.arange(ids.shape[1], device=ids.device)
         since_bos = position - torch.where(ids == BOS, position, -1).cummax(1).values
-        orders = torch.tensor(self.orders[self.n_words :], device=ids.device)
-        is_inside = since_bos[..., None] >= orders
-        evidence = unseen[..., self.n_words :] & is_inside & (next_tokens != EOS)[..., None]
-        return ~evidence.any(2, keepdim=True).any(1, True)
+        lengths = order_lengths(tuple(self.orders[self.n_words :]), ids.device)
+        is_inside = since_bos[:, None] >= lengths
+        evidence = unseen[:, self.n_words :] & is_inside & (next_tokens != EOS)[:, None]
+        return ~evidence.flatten(1).any(1)[:, None, None]
 
 
 def recent_counts(
-    ids: Tensor, next_tokens: Tensor, preceding_ids: Tensor, orders: Sequence[int]
+    hashes: Tensor, is_valid: Tensor, next_tokens: Tensor, first: int
 ) -> ContextCounts:
-    """Counts the contexts at all positions in the text just read: the window up to the position,
-    and ``preceding_ids`` before it (a cache model: Kuhn & De Mori 1990).
+    """Counts the contexts at each position in the text up to it (a cache model: Kuhn & De Mori
+    1990).
 
     Args:
-        ids, next_tokens: (B, T), the window and what comes after each of its tokens.
-        preceding_ids: (B, R), the text before the window.
+        hashes, is_valid: of the contexts in the window and in the text before it, (B, N, T).
+        next_tokens: what comes after each token, (B, T).
+        first: where the window begins: what is returned of earlier positions does not matter.
     """
-    n_preceding = preceding_ids.shape[1]
-    ids = torch.cat((preceding_ids, ids), dim=1)
-    next_tokens = torch.cat((following_tokens(ids)[:, :n_preceding], next_tokens), dim=1)
-    hashes, valid = ContextHasher(ids).hashes(orders)
     same_context = GroupedPositions(entry_key(hashes))
-    same_entry = GroupedPositions(entry_key(hashes, next_tokens[..., None]))
-    is_first = (same_entry.rank == 0).long()
-    context_count = torch.where(valid, same_context.rank, 0)
-    n_continuations = same_context.total_before(is_first)
-    continuation_count = same_entry.rank
-    is_used = context_count > 0
-    is_used[:, :n_preceding] = False
-    context_index, tokens, counts = pair_continuations(
-        same_context, same_entry, next_tokens, is_used, torch.ones_like(is_used), n_preceding
-    )
-    # The row's contexts begin with those of the preceding text.
-    row = context_index // (len(orders) * ids.shape[1])
-    context_index = context_index - (row + 1) * len(orders) * n_preceding
+    same_entry = GroupedPositions(entry_key(hashes, next_tokens[:, None]))
+    own = OwnContinuations(same_context, same_entry, is_valid, first)
+    (range_,) = concatenate_ranges((own.begin, own.size))
     return ContextCounts(
-        context_count[:, n_preceding:],
-        n_continuations[:, n_preceding:],
-        continuation_count[:, n_preceding:],
-        context_index,
-        tokens,
-        counts,
+        torch.where(is_valid, same_context.rank, 0),
+        same_context.total_before((same_entry.rank == 0).long()),
+        same_entry.rank,
+        *own.pairs(next_tokens, *range_),
     )
 
 
 class GroupedPositions:
-    """Groups the positions of a row that share a key; keys (B, T, N), each order by itself."""
+    """Groups the positions of a row that share a key; keys (B, N, T), each order by itself."""
 
     def __init__(self, keys: Tensor) -> None:
-        sorted_keys, self.sort_index = keys.sort(dim=1, stable=True)
-        n = keys.shape[1]
-        self.index = torch.arange(n, device=keys.device)[:, None].expand_as(keys)
-        is_first = F.pad(sorted_keys[:, 1:] != sorted_keys[:, :-1], (0, 0, 1, 0), value=True)
-        self.begin = torch.where(is_first, self.index, 0).cummax(1).values
-        is_last = F.pad(is_first[:, 1:], (0, 0, 0, 1), value=True)
-        self.end = torch.where(is_last, self.index + 1, n).flip(1).cummin(1).values.flip(1)
+        sorted_keys, self.sort_index = keys.sort(dim=-1, stable=True)
+        n = keys.shape[-1]
+        self.index = torch.arange(n, device=keys.device).expand_as(keys)
+        is_first = F.pad(sorted_keys[..., 1:] != sorted_keys[..., :-1], (1, 0), value=True)
+        self.begin = torch.where(is_first, self.index, 0).cummax(-1).values
+        is_last = F.pad(is_first[..., 1:], (0, 1), value=True)
+        self.end = torch.where(is_last, self.index + 1, n).flip(-1).cummin(-1).values.flip(-1)
 
     def by_position(self, values: Tensor) -> Tensor:
-        """Returns values (B, T, N) in sorted order in the order of the positions."""
-        return torch.empty_like(values).scatter_(1, self.sort_index, values)
+        """Returns values (B, N, T) in sorted order in the order of the positions."""
+        return torch.empty_like(values).scatter_(-1, self.sort_index, values)
 
     def _cumulative(self, values: Tensor) -> Tensor:
-        return F.pad(values.gather(1, self.sort_index).cumsum(1), (0, 0, 1, 0))
+        return F.pad(values.gather(-1, self.sort_index).cumsum(-1), (1, 0))
 
     @cached_property
     def rank(self) -> Tensor:
-        """Number of earlier positions with the same key, (B, T, N)."""
+        """Number of earlier positions with the same key, (B, N, T)."""
         return self.by_position(self.index - self.begin)
 
     @cached_property
     def size(self) -> Tensor:
-        """Number of positions with the same key, (B, T, N)."""
+        """Number of positions with the same key, (B, N, T)."""
         return self.by_position(self.end - self.begin)
 
     def total_before(self, values: Tensor) -> Tensor:
-        """Sum of values (B, T, N) over the earlier positions with the same key, (B, T, N)."""
+        """Sum of values (B, N, T) over the earlier positions with the same key, (B, N, T)."""
         sums = self._cumulative(values)
-        return self.by_position(sums[:, :-1] - sums.gather(1, self.begin))
+        return self.by_position(sums[..., :-1] - sums.gather(-1, self.begin))
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum of values (B, T, N) over all positions with the same key, (B, T, N)."""
+        """Sum of values (B, N, T) over all positions with the same key, (B, N, T)."""
         sums = self._cumulative(values)
-        return self.by_position(sums.gather(1, self.end) - sums.gather(1, self.begin))
+        return self.by_position(sums.gather(-1, self.end) - sums.gather(-1, self.begin))
 
 
-def pair_continuations(
-    same_context: GroupedPositions,
-    same_entry: GroupedPositions,
-    next_tokens: Tensor,
-    is_used: Tensor,
-    is_held: Tensor,
-    first: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+class OwnContinuations:
     """Pairs the context at each position with the different tokens that continued it in its row.
 
     There are as many pairs as different tokens, not as occurrences: in a text that repeats itself
     those would be quadratic.
 
+    All positions of all rows and orders are taken in the order of their contexts: (B * N * T,). The
+    first position of each entry is paired with a range of positions of the same context, from
+    ``begin`` on, ``size`` of them; that is 0 at other positions.
+
     Args:
         same_context, same_entry: positions grouped by context, and by context and next token.
-        next_tokens: (B, T).
-        is_used: (B, T, N), whether a context is paired.
-        is_held: (B, T, N), whether a context is paired with its next token.
+        is_used: (B, N, T), whether a context is paired with its next token.
         first: only positions from this one on, with what came before each of them; by default all
             positions, with all of the row.
-
-    Returns:
-        Indices into the B * T * N contexts, tokens, and how often each token continued the context,
-        (M,) each.
     """
 
-    def flat(values: Tensor) -> Tensor:
-        return values.transpose(1, 2).flatten()  # groups lie side by side: (B * N * T,)
+    def __init__(
+        self,
+        same_context: GroupedPositions,
+        same_entry: GroupedPositions,
+        is_used: Tensor,
+        first: int | None = None,
+    ) -> None:
+        self.same_entry, self.first, n = same_entry, first, is_used.shape[-1]
+        order = same_context.sort_index
+        row = torch.arange(0, is_used.numel(), n, device=is_used.device)
+        self.row = row.view(*is_used.shape[:2], 1)
+        self.context_index = (self.row + order).flatten()
+        begin, end = same_context.begin, same_context.end
+        if first is not None:
+            n_before = F.pad((order < first).cumsum(-1), (1, 0))
+            begin = begin + n_before.gather(-1, end) - n_before.gather(-1, begin)
+            begin = torch.maximum(begin, same_context.index + 1)
+        is_first = ((same_entry.rank == 0) & is_used).gather(-1, order)
+        self.size = ((end - begin).clamp(min=0) * is_first).flatten()
+        self.begin = (self.row + begin).flatten()
 
-    # Step 1: all positions in the order of their contexts, and the group of each.
-    n_rows, n, n_orders = is_used.shape
-    rows = torch.arange(n_rows, device=is_used.device)[:, None, None]
-    orders = torch.arange(n_orders, device=is_used.device)
-    row_begin = flat(((rows * n_orders + orders) * n).expand_as(is_used))
-    order = same_context.sort_index
-    position = flat(order)
-    context_index = flat((rows * n + order) * n_orders + orders)
-    begin, end = row_begin + flat(same_context.begin), row_begin + flat(same_context.end)
-    # Step 2: pair the first position of each entry with the positions of the same context.
-    is_first = (same_entry.rank == 0) & is_held
-    (entry,) = flat(is_first.gather(1, order)).nonzero(as_tuple=True)
-    begin, end = begin[entry], end[entry]
-    if first is not None:
-        is_before = (torch.arange(n, device=is_used.device) < first).long()
-        n_before = same_context.total(is_before[:, None].expand_as(is_used))
-        begin = torch.maximum(begin + flat(n_before.gather(1, order))[entry], entry + 1)
-        end = torch.maximum(begin, end)
-    other, pair = concatenate_ranges(begin, end)
-    is_kept = is_used.flatten()[context_index[other]]
-    other, entry = other[is_kept], entry[pair[is_kept]]
-    tokens = next_tokens.flatten()[context_index[entry] // n_orders]
-    # Step 3: count the entry, in the whole row or before the position.
-    if first is None:
-        return context_index[other], tokens, flat(same_entry.size.gather(1, order))[entry]
-    group = row_begin + flat(same_entry.by_position(same_entry.begin).gather(1, order))
-    sorted_group = row_begin + flat(same_entry.begin)
-    earlier = torch.searchsorted(
-        sorted_group * n + flat(same_entry.sort_index), group[entry] * n + position[other]
-    )
-    return context_index[other], tokens, earlier - group[entry]
+    def pairs(
+        self, next_tokens: Tensor, other: Tensor, entry: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns indices into the B * N * T contexts, tokens, and how often each token continued
+        the context, (M,) each.
+
+        Args:
+            next_tokens: (B, T).
+            other, entry: (M,), positions paired, and the position of the entry of each; see
+                `concatenate_ranges`.
+        """
+        same_entry, context_index = self.same_entry, self.context_index[other]
+        entry = self.context_index[entry]
+        tokens = next_tokens[:, None].expand_as(same_entry.index).flatten()[entry]
+        if self.first is None:
+            return context_index, tokens, same_entry.size.flatten()[entry]
+        # Count the entry before the position: those of an entry are sorted by position.
+        n = next_tokens.shape[1]
+        group = (self.row + same_entry.by_position(same_entry.begin)).flatten()[entry]
+        sorted_group = (self.row + same_entry.begin) * n + same_entry.sort_index
+        position = context_index % n
+        earlier = torch.searchsorted(sorted_group.flatten(), group * n + position)
+        return context_index, tokens, earlier - group
 
 
-def concatenate_ranges(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the numbers of M ranges one after another, and which range each is of. begin, end:
-    (M,)."""
-    size = end - begin
-    of_range = torch.repeat_interleave(size)
-    offset = end - size.cumsum(0)
-    return torch.arange(len(of_range), device=size.device) + offset[of_range], of_range
+def concatenate_ranges(*ranges: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Returns for each set of ranges of numbers these numbers one after another, and which range
+    each is of, (M,). The host waits once for the device, to learn how many there are.
+
+    Args:
+        ranges: their beginnings and sizes.
+    """
+    n_numbers = torch.stack([size.sum() for _, size in ranges]).tolist()
+    results = []
+    for (begin, size), n in zip(ranges, n_numbers, strict=True):
+        of_range = torch.repeat_interleave(size, output_size=n)
+        offset = begin + size - size.cumsum(0)
+        numbers = torch.arange(n, device=size.device) + offset[of_range]
+        results.append((numbers, of_range))
+    return results
 
 
 def following_tokens(ids: Tensor) -> Tensor:
