@@ -44,11 +44,18 @@ class RMSNormFunction(torch.autograd.Function):
         return torch.addcmul(grad, y, projection).mul_(scale), None
 
 
-def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Scales each row to a root mean square of one. (..., D) -> (..., D)."""
-    if not torch.is_grad_enabled():
-        return x * rms_scale(x, eps)
-    return RMSNormFunction.apply(x, eps)
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Scales each row to a root mean square of one, times an optional gain (D,). (..., D) ->
+    (..., D), of the same dtype."""
+    weight = None if weight is None else weight.to(x.dtype)
+    if x.is_cuda:  # one kernel; autocast would choose float32
+        with torch.autocast("cuda", enabled=False):
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if torch.is_grad_enabled():
+        y: Tensor = RMSNormFunction.apply(x, eps)
+    else:
+        y = x * rms_scale(x, eps)
+    return y if weight is None else y * weight
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +67,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return rms_norm(x) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight)
 
 
 def dropout(p: float) -> nn.Module:

@@ -263,29 +263,20 @@ class NgramMixture(nn.Module):
             .flatten(1, 2)
         )
         n_continuations = torch.where(context_count > 0, n_continuations, 0)
-        # Step 4: indices among the contexts of one source become those among all of them.
+        # Step 4: an index among the contexts of one source becomes one among all of them.
         position = torch.arange(n_rows * n, device=ids.device).view(n_rows, 1, n)
-        position, index = (
-            [
-                F.pad(x, (c.context_count.shape[-1] - n, 0)).flatten()[c.context_index]
-                for x, c in zip(
-                    values.split([len(self.table.orders), len(self.recent_orders)], 1),
-                    counts,
-                    strict=True,
-                )
-            ]
-            for values in (
-                position.expand(n_rows, n_orders, n),
-                position * n_orders + self.sorted_index[:, None],
-            )
-        )
-        context_index = torch.cat(index)
+        order_index = self.sorted_index.split([len(self.table.orders), len(self.recent_orders)])
+        of_source = []
+        for c, order in zip(counts, order_index, strict=True):
+            index = F.pad(position * n_orders + order[:, None], (c.context_count.shape[-1] - n, 0))
+            of_source.append(index.flatten()[c.context_index])
+        context_index = torch.cat(of_source)
         found = Continuations(
             ids.flatten(),
             context_count,
             torch.cat((context_count, n_continuations), dim=-1).log1p(),
             context_index,
-            torch.cat(position) * VOCAB_SIZE + torch.cat([c.tokens for c in counts]),
+            context_index // n_orders * VOCAB_SIZE + torch.cat([c.tokens for c in counts]),
             torch.cat([c.counts for c in counts])
             / context_count.clamp(min=1).flatten()[context_index],
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -32,31 +34,47 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum_buffer"], group["momentum"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = 0.2 * max(p.shape) ** 0.5
-                p.add_(orthogonalize(update), alpha=-group["lr"] * scale)
+            # Step 1: momentum (Nesterov) and weight decay.
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            # Step 2: orthogonalize, on a GPU all matrices of a shape at once: starting an operation
+            # takes longer than most of these. On a CPU batched products of large matrices are slow.
+            same_shape: dict[object, list[int]] = defaultdict(list)
+            for i, p in enumerate(params):
+                same_shape[p.shape if p.is_cuda else i].append(i)
+            for indices in same_shape.values():
+                chosen, of_shape = [params[i] for i in indices], [updates[i] for i in indices]
+                x = torch.stack(of_shape) if len(indices) > 1 else of_shape[0]
+                x = orthogonalize(x).to(chosen[0].dtype)
+                scale = 0.2 * max(chosen[0].shape) ** 0.5
+                torch._foreach_add_(
+                    chosen, list(x) if len(indices) > 1 else [x], alpha=-group["lr"] * scale
+                )
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Evens out the singular values of a matrix (N, M), in the fast precision of its device: after
-    two polynomials most lie between 1 and 2. Returns (N, M)."""
+    """Evens out the singular values of a matrix (N, M), or of each of K matrices (K, N, M), in the
+    fast precision of its device: after two polynomials most lie between 1 and 2. Returns the same
+    shape."""
     is_bf16 = choose_precision(x.device) is torch.bfloat16
     y = x.to(torch.bfloat16 if is_bf16 else torch.float32)
-    if is_tall := len(x) > x.shape[1]:
-        y = y.T
-    y = y / (MARGIN * y.norm()).clamp(min=1e-7)
+    if is_tall := x.shape[-2] > x.shape[-1]:
+        y = y.mT
+    y = y / (MARGIN * torch.linalg.matrix_norm(y, keepdim=True)).clamp(min=1e-7)
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for a, b, c in POLAR_EXPRESS:
-        gram = y @ y.T
-        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return y.T if is_tall else y
+        gram = y @ y.mT
+        y = add_product(y, add_product(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if is_tall else y
 
 
 def build_optimizers(model: HRMModel, options: TrainConfig) -> list[Optimizer]:
