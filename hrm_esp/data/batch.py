@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     ``y_out`` (B, T), PAD where there is nothing to predict. ``cross_attends`` (B,) marks the rows
     whose Executor may attend to the prompt; ``None`` in a batch of plain text: none may.
     ``preceding_ids`` (B, R), PAD on the left, is the text before ``y_in``, for the n-gram counts
-    only; ``None`` is no text.
+    only; ``None`` is no text. ``is_padded``: whether ``prompt_ids`` have any PAD, if it is known.
     """
 
     prompt_ids: Tensor
@@ -50,6 +50,7 @@ class Batch(NamedTuple):
     y_out: Tensor
     cross_attends: Tensor | None = None
     preceding_ids: Tensor | None = None
+    is_padded: bool | None = None
 
     @property
     def n_targets(self) -> int:
@@ -66,7 +67,19 @@ class Batch(NamedTuple):
         return self._replace(y_out=torch.full_like(self.y_out, PAD))
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
+        """Moves the tensors to a device."""
+        is_padded = self.is_padded
+        if is_padded is None:  # here it is known without waiting for a GPU
+            is_padded = bool((self.prompt_ids == PAD).any())
+        batch = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return batch._replace(is_padded=is_padded)
+
+    def pin_memory(self) -> Batch:
+        """Copies the tensors to pinned memory, from which a GPU copies without the host."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(*(function(x) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
 
 class Dataset(Protocol):

@@ -68,8 +68,9 @@ class Codebook(nn.Module):
 
     def update_queue(self, pooled: Sequence[Tensor]) -> None:
         """Adds the pooled states of a training step, (B, D) each, and drops the oldest."""
-        rows = torch.cat(list(pooled))
-        rows = rows[rows.isfinite().all(1)]
-        if len(rows) and not self.pooled_queue.any():  # the first: fill the queue
-            rows = rows.repeat(-(-QUEUE_LEN // len(rows)), 1)
-        self.pooled_queue.copy_(torch.cat((self.pooled_queue, rows))[-QUEUE_LEN:])
+        rows = torch.cat(list(pooled))[-QUEUE_LEN:]
+        is_finite = rows.isfinite().all(1, keepdim=True)
+        rows = torch.where(is_finite, rows, self.pooled_queue[: len(rows)])  # else an old one
+        queue = torch.cat((self.pooled_queue, rows))[-QUEUE_LEN:]
+        first = rows.repeat(-(-QUEUE_LEN // len(rows)), 1)[-QUEUE_LEN:]  # they fill the queue
+        self.pooled_queue.copy_(torch.where(self.pooled_queue.any(), queue, first))

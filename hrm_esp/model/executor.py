@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import HRMConfig
 from ..ngrams import NgramMixture
-from ..ngrams.mixture import count_features
+from ..ngrams.mixture import WindowCounts, count_features
 from ..tokenizer import PAD, PLAN, VOCAB_SIZE
 from .embeddings import PositionEncoding, TokenEmbedding, character_positions
 from .kv_cache import ExecutorCache
@@ -97,19 +97,21 @@ class Executor(nn.Module):
         encoded: EncoderOutput | None = None,
         preceding_ids: Tensor | None = None,
         leave_one_out: bool = False,
+        window_counts: WindowCounts | None = None,
     ) -> TargetLoss:
         """Computes the negative log-likelihood of the targets.
 
         Args:
             y_out: (B, T), the targets; PAD is ignored.
             leave_one_out: for training, see `NgramMixture.lookup`.
+            window_counts: what that returned, if it was called before.
 
         Other arguments and errors as in `forward`.
         """
         # Step 1: the n-gram counts alone.
         features = None
         if self.ngrams is not None:
-            found, continuation_count = self.ngrams.lookup(
+            found, target_count = window_counts or self.ngrams.lookup(
                 y_in, y_out, preceding_ids, leave_one_out
             )
             count_logits = self.ngrams.count_gate_logits(found)
@@ -128,7 +130,7 @@ class Executor(nn.Module):
         ngrams = self.ngrams
 
         def target_nll(base_probs: Tensor | float, gate_logits: Tensor) -> Tensor:
-            probs = ngrams.target_probs(base_probs, gate_logits, found, continuation_count)
+            probs = ngrams.target_probs(base_probs, gate_logits, found, target_count)
             return -torch.where(y_out != PAD, probs.view(y_out.shape), 1.0).log()
 
         mixture = target_nll((-network).exp().flatten(), ngrams.gate_logits(found, states[:, 1:]))

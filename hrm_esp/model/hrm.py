@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HRMConfig
+from ..ngrams.mixture import WindowCounts
 from ..tokenizer import PAD
 from .embeddings import TokenEmbedding
 from .executor import Executor
@@ -74,17 +75,22 @@ class HRMModel(nn.Module):
         y_out: Tensor,
         cross_attends: Tensor | None = None,
         preceding_ids: Tensor | None = None,
+        is_padded: bool | None = None,
         leave_one_out: bool = False,
+        window_counts: WindowCounts | None = None,
     ) -> LossTerms:
         """Computes the losses of a batch.
 
         Args:
-            y_out, preceding_ids, leave_one_out: see `Executor.nll`.
+            y_out, preceding_ids, leave_one_out, window_counts: see `Executor.nll`.
+            is_padded: see `Planner.encode`.
 
         Other arguments as in `forward`.
         """
-        plan, encoded = self.encode_prompt(prompt_ids, cross_attends)
-        losses = self.executor.nll(y_in, y_out, plan.plan, encoded, preceding_ids, leave_one_out)
+        plan, encoded = self.encode_prompt(prompt_ids, cross_attends, is_padded)
+        losses = self.executor.nll(
+            y_in, y_out, plan.plan, encoded, preceding_ids, leave_one_out, window_counts
+        )
         plan_bow = bag_of_words_nll(losses.plan_log_probs, prompt_ids)
         mixture, network, counts = (
             loss.sum(1) for loss in (losses.mixture, losses.network, losses.counts)
@@ -98,16 +104,20 @@ class HRMModel(nn.Module):
         y_out: Tensor,
         cross_attends: Tensor | None = None,
         preceding_ids: Tensor | None = None,
+        is_padded: bool | None = None,
     ) -> Tensor:
         """Computes the negative log-likelihood of each target, in nats, (B, T), 0 at PAD.
 
         Arguments as in `nll`.
         """
-        plan, encoded = self.encode_prompt(prompt_ids, cross_attends)
+        plan, encoded = self.encode_prompt(prompt_ids, cross_attends, is_padded)
         return self.executor.nll(y_in, y_out, plan.plan, encoded, preceding_ids).mixture
 
     def encode_prompt(
-        self, prompt_ids: Tensor, cross_attends: Tensor | None
+        self,
+        prompt_ids: Tensor,
+        cross_attends: Tensor | None,
+        is_padded: bool | None = None,
     ) -> tuple[PlanOutput, EncoderOutput | None]:
         """Runs the Planner. Returns the plan, and what the Executor may attend to, if anything.
 
@@ -116,7 +126,7 @@ class HRMModel(nn.Module):
         would carry the weights off at random.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and cross_attends is not None):
-            encoded = self.planner.encode(prompt_ids)
+            encoded = self.planner.encode(prompt_ids, is_padded)
         plan = self.planner.pool(encoded)
         if not self.config.cross_attention or cross_attends is None:
             return plan, None

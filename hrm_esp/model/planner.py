@@ -56,10 +56,17 @@ class Planner(nn.Module):
         output = self.pool(self.encode(prompt_ids))
         return output.plan, output.code_logits
 
-    def encode(self, prompt_ids: Tensor) -> EncoderOutput:
-        """prompt_ids: (B, S), PAD on the right -> the states of the prompt."""
-        is_token = prompt_ids != PAD
-        mask = None if is_token.all() else is_token
+    def encode(self, prompt_ids: Tensor, is_padded: bool | None = None) -> EncoderOutput:
+        """prompt_ids: (B, S), PAD on the right -> the states of the prompt.
+
+        Args:
+            is_padded: whether there is any PAD; by default this is looked up, and on a GPU the host
+                waits for the answer.
+        """
+        mask = None
+        if is_padded is not False:
+            is_token = prompt_ids != PAD
+            mask = is_token if is_padded or not is_token.all() else None
         x, freqs_cis = self.positions(self.tok_emb(prompt_ids), slice(0, prompt_ids.shape[1]))
         for block in self.blocks:
             x = block(x, freqs_cis, mask)

@@ -157,6 +157,14 @@ def mixture_log_probs(network_log_probs: Array, gate_logits: Array, found: Conti
     )
 
 
+class WindowCounts(NamedTuple):
+    """The ``found`` continuations of the contexts at all positions, as tensors, and how often each
+    context was continued by the target, ``target_count`` (P, N)."""
+
+    found: Continuations
+    target_count: Tensor
+
+
 class CountGates(nn.Module):
     """The weights of z. At first its gates are those of Witten & Bell."""
 
@@ -221,7 +229,7 @@ class NgramMixture(nn.Module):
         targets: Tensor,
         preceding_ids: Tensor | None = None,
         leave_one_out: bool = False,
-    ) -> tuple[Continuations, Tensor]:
+    ) -> WindowCounts:
         """Looks up the contexts at all positions, for training.
 
         Args:
@@ -232,10 +240,6 @@ class NgramMixture(nn.Module):
                 that the model does not learn to rely on counts that unseen text does not have. For
                 training only: it uses the targets. The preceding text is not subtracted, which was
                 no better.
-
-        Returns:
-            The continuations, as tensors, and how often each context was continued by the target,
-            (P, N).
         """
         # Step 1: hash the contexts.
         n_preceding = 0
@@ -280,7 +284,7 @@ class NgramMixture(nn.Module):
             torch.cat([c.counts for c in counts])
             / context_count.clamp(min=1).flatten()[context_index],
         )
-        return found, continuation_count
+        return WindowCounts(found, continuation_count)
 
     def count_gate_logits(self, found: Continuations) -> Tensor:
         """Computes z of each context, for training: (P, N)."""

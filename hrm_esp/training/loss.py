@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..model import HRMModel, LossTerms
+from ..ngrams.mixture import WindowCounts
 
 # The plan alone predicts which bytes the Planner read, in any order (bag-of-words loss: Zhao et al.
 # 2017, section 3.3). It says little about any single byte: without this loss the Executor learns to
@@ -61,6 +62,7 @@ def loss(
     batch: Batch,
     codebook_penalty: float = 0.1,
     sizes: BatchSizes | None = None,
+    window_counts: WindowCounts | None = None,
 ) -> Loss:
     """Computes the training loss of a batch.
 
@@ -68,9 +70,10 @@ def loss(
         batch: on the model's device.
         codebook_penalty: weight of `code_balance_loss`.
         sizes: of the whole step, if the batch is a part of it; by default of the batch.
+        window_counts: of the batch, see `Executor.nll`.
     """
     sizes = sizes or BatchSizes.of([batch])
-    terms = model.nll(*batch, leave_one_out=True)
+    terms = model.nll(*batch, leave_one_out=True, window_counts=window_counts)
     total = (terms.mixture + terms.network + terms.counts).sum() / sizes.n_targets
     if batch.cross_attends is None:
         plan_bow = (terms.plan_bow * batch.has_targets).sum()
@@ -89,8 +92,10 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.codebook_penalty = model, codebook_penalty
 
-    def forward(self, batch: Batch, sizes: BatchSizes) -> Loss:
-        return loss(self.model, batch, self.codebook_penalty, sizes)
+    def forward(
+        self, batch: Batch, sizes: BatchSizes, window_counts: WindowCounts | None = None
+    ) -> Loss:
+        return loss(self.model, batch, self.codebook_penalty, sizes, window_counts)
 
 
 def sinkhorn_assignment(code_logits: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 from .. import __version__
 from ..config import TrainConfig
 from ..console import print0
-from ..data import Batch, Dataset, Shard
+from ..data import Batch, Dataset
 from ..device import (
     adapt_threads,
     adaptive_threads,
@@ -43,6 +42,7 @@ from ..model import HRMModel
 from .checkpoint import Checkpoint, load_checkpoint
 from .clock import RunningClock
 from .early_stopping import is_best, is_worse
+from .loader import Loader, StepBatches, step_batches, with_next
 from .loss import BatchSizes, LossModule, code_counts
 from .metrics_log import Meter, MetricsLog
 from .optim import build_optimizers, set_learning_rate
@@ -54,7 +54,7 @@ from .resume import (
     usable_state,
 )
 from .run_folder import RunFolder
-from .schedule import batch_shape, learning_rate
+from .schedule import learning_rate
 from .signals import stop_signals
 from .state import RunState, StepStats
 from .validation import Validate, is_due, validation_size
@@ -123,7 +123,8 @@ class Trainer:
             self.folder.prepare(resume=resumed is not None)
         if resumed is not None:
             self.load_state(resumed)
-        # Compilation and data parallelism.
+        # Loading, compilation and data parallelism.
+        self.loader = Loader(model)
         if options.compile:
             for block in (*model.planner.blocks, *model.executor.blocks):
                 block.compile()
@@ -157,9 +158,10 @@ class Trainer:
             self.open_meter() as meter,
         ):
             try:
-                for n_done, batches in self.batches():
+                is_ahead = self.device.type == "cuda"
+                for (n_done, batches), following in with_next(self.batches(), is_ahead):
                     adapt_threads()
-                    step = self.train_step(batches)
+                    step = self.train_step(batches, None if following is None else following[1])
                     state.advance(step, n_done, len(self.data), clock.seconds())
                     if meter is not None:  # in the first process
                         meter.update(step)
@@ -173,7 +175,7 @@ class Trainer:
                             self.save_epoch()
                         if time.perf_counter() - self.state_saved_at > 60 * self.options.save_every:
                             self.save_state()
-                    if self.sync_stop(stop_requested()):
+                    if self.sync_stop(stop_requested()) or self.progress() >= 1:
                         break
                 if meter is not None:
                     self.finish(meter.log)
@@ -193,25 +195,19 @@ class Trainer:
         log = MetricsLog(self.folder.root, self.stage, resumed_step)
         return Meter(self.stage, self.state, log)
 
-    def batches(self) -> Iterator[tuple[int, list[Batch]]]:
-        """Yields for each step, until the run is over, how many items of the epoch are done after
-        it, and this process's part of its micro-batches. The caller advances the state between two
-        steps."""
-        n, shard = world_size(), Shard(rank(), world_size())
+    def batches(self) -> Iterator[StepBatches]:
+        """Yields the batches of each step, see `step_batches`."""
+        return step_batches(
+            self.data, self.options, self.model.config.max_len, self.state, self.progress
+        )
 
-        def size() -> tuple[int, int]:
-            return batch_shape(self.options, self.model.config.max_len, self.progress(), n)
-
-        while self.progress() < 1:
-            seed, state = self.options.seed, self.state
-            batches = self.data.batches(size, seed, state.epoch, state.item, shard)
-            while group := list(itertools.islice(batches, self.options.grad_accum)):
-                yield group[-1][0], [batch for _, batch in group]
-                if self.progress() >= 1:
-                    return
-
-    def train_step(self, batches: list[Batch]) -> StepStats:
+    def train_step(
+        self, batches: list[Batch], next_batches: list[Batch] | None = None
+    ) -> StepStats:
         """Takes one optimizer step on some micro-batches.
+
+        Args:
+            next_batches: of the next step, to be loaded while a GPU computes this one.
 
         Raises:
             HRMError: the run diverged.
@@ -223,37 +219,44 @@ class Trainer:
         torch.manual_seed(noise_seed(self.options.seed, self.state.step, rank()))
         # Step 1: gradients, accumulated over micro-batches and averaged over processes.
         sizes = BatchSizes(*all_reduce_sum(*BatchSizes.of(batches)))
-        nll, n_logged, counts = 0.0, 0, None
-        pooled = []
-        for i, batch in enumerate(batches):
-            n_targets = batch.n_targets
-            batch = batch.to(self.device)
+        n_logged, counts = 0, None
+        losses, pooled = [], []
+        for i, (batch, window_counts, n_targets) in enumerate(self.loader.load(batches)):
             is_last = i == len(batches) - 1
             with detect_lost_peers(), nullcontext() if is_last else no_sync(self.loss):
                 with autocast(self.device, self.dtype):
-                    total, terms = self.loss(batch, sizes)
-                # DistributedDataParallel averages gradients; the total needs their sum.
+                    total, terms = self.loss(batch, sizes, window_counts)
+                # DistributedDataParallel averages gradients; their sum is wanted.
                 self.scaler.scale(total * world_size()).backward()
-                if self.stage == "finetune" or batch.cross_attends is None:
-                    nll, n_logged = nll + terms.mixture.sum().item(), n_logged + n_targets
+            if self.stage == "finetune" or batch.cross_attends is None:
+                losses.append(terms.mixture.detach().sum())
+                n_logged += n_targets
             pooled.append(terms.pooled)
             if terms.code_logits is not None:
                 chosen = code_counts(terms.code_logits)
                 counts = chosen if counts is None else counts + chosen
-        nll, logged = all_reduce_sum(nll, n_logged)
+        grad_norm = self.clip_gradients()
+        if next_batches is not None:
+            self.loader.start(next_batches)
+        # Step 2: the results, the only ones for which the host waits.
+        with detect_lost_peers():
+            *nlls, norm = torch.stack([*losses, grad_norm]).tolist()
+        nll, logged = all_reduce_sum(sum(nlls), n_logged)
         self.last_nll = nll if logged else self.last_nll
-        # Step 2: weights and the codebook's queue.
-        grad_norm = self.optimizer_step()
+        # Step 3: weights and the codebook's queue.
+        self.optimizer_step(norm)
         self.model.update_code_queue(pooled)
-        return StepStats(int(sizes.n_targets), nll, int(logged), grad_norm, lr, counts)
+        return StepStats(int(sizes.n_targets), nll, int(logged), norm, lr, counts)
 
-    def optimizer_step(self) -> float:
-        """Clips the gradients and updates the weights, unless a gradient is not finite. Returns the
-        gradient norm before clipping."""
+    def clip_gradients(self) -> torch.Tensor:
+        """Clips the gradients. Returns their norm before that."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         max_norm = self.options.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def optimizer_step(self, norm: float) -> None:
+        """Updates the weights, unless the norm of the gradients is not finite."""
         if math.isfinite(norm):
             self.state.skipped = 0
             for optimizer in self.optimizers:
@@ -266,7 +269,6 @@ class Trainer:
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def diverged(self, reason: str) -> HRMError:
         """Returns the error that ends a run whose model is of no use."""
