@@ -74,7 +74,7 @@ class PackedRotary(nn.Module):
         self.table = torch.complex(cos[..., :half], sin[..., half:])
         self.freqs_cis = rotary.freqs_cis  # cross-attention is not packed
 
-    def forward(self, positions: slice | Tensor) -> Tensor:
+    def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Returns freqs_cis of T positions or of positions (B, T), (..., T, 1, d / 2) complex."""
         return self.table[positions]
 

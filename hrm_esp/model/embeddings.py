@@ -39,9 +39,9 @@ class Rotary(nn.Module):
         self.register_buffer("frequency", frequency, persistent=False)
         self.register_buffer("table", self.freqs_cis(torch.arange(capacity)), persistent=False)
 
-    def forward(self, positions: slice | Tensor) -> Tensor:
+    def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Returns freqs_cis of a range of T positions, or of positions (B, T)."""
-        return self.table[:, positions]
+        return self.table[:, positions].to(dtype)
 
     def freqs_cis(self, positions: Tensor) -> Tensor:
         """positions: (T,) or (B, T) -> cosines and sines as `apply_rotary` takes them,
@@ -88,7 +88,7 @@ class PositionEncoding(nn.Module):
             positions: a range of T positions, or (B, T).
 
         Returns:
-            x with learned positions added, (B, T, D), and freqs_cis for the blocks.
+            x with learned positions added, (B, T, D), and freqs_cis for the blocks, of its dtype.
 
         Raises:
             ValueError: a range reaches beyond the model's context length.
@@ -97,7 +97,7 @@ class PositionEncoding(nn.Module):
             raise ValueError(f"{positions.stop} positions, but the model has {self.capacity}")
         if self.learned is not None:
             x = x + self.learned.weight[positions].to(x.dtype)
-        return x, self.rotary(positions)
+        return x, self.rotary(positions, x.dtype)
 
 
 def character_positions(ids: Tensor) -> Tensor:

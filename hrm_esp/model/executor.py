@@ -178,14 +178,18 @@ class Executor(nn.Module):
             if is_start:  # [PLAN] is where the window begins, at 0 if it is empty
                 first = chars[:, :1] if chars.shape[1] else chars.new_zeros(len(chars), 1)
                 chars = torch.cat((first, chars), dim=1)
-            cross = self._cross_inputs(encoded, chars, cache)
+            cross = self._cross_inputs(encoded, chars, cache, x.dtype)
         # Step 3: run the blocks.
         for i, block in enumerate(self.blocks):
             x = block(x, freqs_cis, cross, None if cache is None else cache.blocks[i], mask)
         return self.norm(x if keep_plan or not is_start else x[:, 1:])
 
     def _cross_inputs(
-        self, encoded: EncoderOutput, char_positions: Tensor, cache: ExecutorCache | None
+        self,
+        encoded: EncoderOutput,
+        char_positions: Tensor,
+        cache: ExecutorCache | None,
+        dtype: torch.dtype,
     ) -> CrossInputs:
         """Positions in cross-attention count characters, not bytes: a letter that gains an accent
         moves nothing after it, and a copy stays at the position of its original."""
@@ -193,6 +197,6 @@ class Executor(nn.Module):
         return CrossInputs(
             encoded.states,
             encoded.mask,
-            rotary.freqs_cis(char_positions),
-            None if is_cached else rotary.freqs_cis(encoded.char_positions),
+            rotary.freqs_cis(char_positions).to(dtype),
+            None if is_cached else rotary.freqs_cis(encoded.char_positions).to(dtype),
         )

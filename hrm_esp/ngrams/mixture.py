@@ -70,7 +70,8 @@ class GateWeights(NamedTuple):
 
 def count_gate_logits(found: Continuations, weights: GateWeights) -> Array:
     """Computes z of each context, the logits of the gates of the counts alone: (P, N)."""
-    hidden = found.log_counts @ weights.hidden.T + weights.token_emb[found.last_tokens]
+    token_emb = embed(found.last_tokens, weights.token_emb)
+    hidden = found.log_counts @ weights.hidden.T + token_emb
     n_orders = len(weights.bias)
     log_c, log_d = found.log_counts[:, :n_orders], found.log_counts[:, n_orders:]
     return log_c - log_d + hidden.clip(min=0) @ weights.out.T + weights.bias
@@ -99,11 +100,16 @@ def interpolation_weights(context_count: Array, gate_logits: Array) -> tuple[Arr
     Returns:
         The weight w_0 of the network, (P,), and w_n of each order, (P, N).
     """
-    xp = array_module(context_count)
-    gates = sigmoid(gate_logits) * (context_count > 0)
+    is_known = context_count > 0
+    gates: Array = sigmoid(gate_logits) * is_known
+    remaining: Array
     # remaining[n] = (1 - g_N) (1 - g_{N-1}) ... of the n longest contexts
-    closed = xp.concatenate((xp.ones_like(gates[:, :1]), flip(1 - gates)), -1)
-    remaining = xp.cumprod(closed, -1)
+    if isinstance(gates, Tensor):  # a product's gradient would divide by its factors
+        log_closed = F.pad(flip(F.logsigmoid(-gate_logits) * is_known), (1, 0))
+        remaining = log_closed.cumsum(-1).exp()
+    else:
+        closed = np.concatenate((np.ones_like(gates[:, :1]), flip(1 - gates)), -1)
+        remaining = closed.cumprod(-1)
     order_weights = MAX_NGRAM_MASS * gates * flip(remaining[:, :-1])
     return 1 - MAX_NGRAM_MASS + MAX_NGRAM_MASS * remaining[:, -1], order_weights
 
@@ -373,6 +379,10 @@ class NgramMixture(nn.Module):
 def array_module(x: Array) -> Any:
     """Returns torch or NumPy, which name the functions used here alike."""
     return np if isinstance(x, np.ndarray) else torch
+
+
+def embed(ids: Array, weight: Array) -> Array:
+    return weight[ids] if isinstance(weight, np.ndarray) else F.embedding(ids, weight)
 
 
 def flip(x: Array) -> Array:

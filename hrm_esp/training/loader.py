@@ -23,7 +23,7 @@ StepBatches = tuple[int, list[Batch]]  # how many items of the epoch are done af
 def step_batches(
     data: Dataset,
     options: TrainConfig,
-    max_len: int,
+    model: HRMModel,
     state: RunState,
     progress: Callable[[], float],
 ) -> Iterator[StepBatches]:
@@ -39,7 +39,7 @@ def step_batches(
     epoch, item = state.epoch, state.item
 
     def size() -> tuple[int, int]:
-        return batch_shape(options, max_len, progress(), n)
+        return batch_shape(options, model.config.max_len, progress(), n, model.device)
 
     while progress() < 1:
         batches = data.batches(size, options.seed, epoch, item, shard)

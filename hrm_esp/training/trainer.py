@@ -63,6 +63,7 @@ from .weights import is_finite, only_counts, pack_counts
 EPOCH_SECONDS = 10.0  # minimum between two epoch checkpoints of a timed run
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 SAMPLE_LEN = 120  # bytes
+MAX_SHAPES = 64  # for which the blocks are compiled
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Trainer:
         # Loading, compilation and data parallelism.
         self.loader = Loader(model)
         if options.compile:
+            torch._dynamo.config.recompile_limit = MAX_SHAPES
             for block in (*model.planner.blocks, *model.executor.blocks):
                 block.compile()
         require_equal("data, options or saved state", (self.fingerprint, asdict(self.state)))
@@ -197,9 +199,7 @@ class Trainer:
 
     def batches(self) -> Iterator[StepBatches]:
         """Yields the batches of each step, see `step_batches`."""
-        return step_batches(
-            self.data, self.options, self.model.config.max_len, self.state, self.progress
-        )
+        return step_batches(self.data, self.options, self.model, self.state, self.progress)
 
     def train_step(
         self, batches: list[Batch], next_batches: list[Batch] | None = None
@@ -224,7 +224,9 @@ class Trainer:
         for i, (batch, window_counts, n_targets) in enumerate(self.loader.load(batches)):
             is_last = i == len(batches) - 1
             with detect_lost_peers(), nullcontext() if is_last else no_sync(self.loss):
-                with autocast(self.device, self.dtype):
+                # Windows have few shapes. Pairs have many: compiling them would not end.
+                is_eager = self.options.compile and batch.cross_attends is not None
+                with autocast(self.device, self.dtype), run_eagerly(is_eager):
                     total, terms = self.loss(batch, sizes, window_counts)
                 # DistributedDataParallel averages gradients; their sum is wanted.
                 self.scaler.scale(total * world_size()).backward()

@@ -20,8 +20,6 @@ from hrm_esp import HRMModel, distributed, generate, generate_batch, load_model
 from hrm_esp.data import Batch
 from hrm_esp.device import autocast
 from hrm_esp.model import Codebook
-from hrm_esp.ngrams.table import recent_counts
-from hrm_esp.tokenizer import PAD
 from hrm_esp.training import Checkpoint, loss, save_checkpoint
 from hrm_esp.training.loss import BatchSizes, LossModule
 from hrm_esp.training.optim import orthogonalize
@@ -96,14 +94,12 @@ def compare_counts(check: Check, name: str, batch: Batch, cpu: HRMModel, gpu: HR
     results = []
     for model in (cpu, gpu):
         ngrams = model.executor.ngrams
-        _, ids, targets, _, preceding_ids = batch.to(model.device)
-        assert ngrams is not None and preceding_ids is not None
-        next_tokens = torch.where(targets == PAD, ord(" "), targets)
-        stats = (
-            *ngrams.table.lookup(ids, next_tokens, preceding_ids, leave_one_out=True),
-            *recent_counts(ids, next_tokens, preceding_ids, ngrams.recent_orders),
-        )
-        results.append([values.long().cpu() for values in stats])
+        on_device = batch.to(model.device)
+        window = on_device.y_in, on_device.y_out, on_device.preceding_ids
+        assert ngrams is not None
+        found, target_count = ngrams.lookup(*window, leave_one_out=True)
+        stats = found.context_count, found.context_index, found.token_index, found.frequency
+        results.append([values.double().cpu() for values in (*stats, target_count)])
     is_equal = all(map(torch.equal, *results))
     check.verdict(is_equal, f"{name}: n-gram counts are equal")
 

@@ -1,6 +1,7 @@
 """Parts of gpu_check.py: how fast training is, and where the time goes."""
 
 import collections
+import itertools
 import os
 import sys
 import time
@@ -15,9 +16,9 @@ from gpu_common import Check, corrupted_batch
 from hrm_esp import Trainer
 from hrm_esp.data import Batch, LMDataset
 from hrm_esp.device import autocast, choose_device, choose_precision
-from hrm_esp.ngrams.table import recent_counts
 from hrm_esp.training import loss
 
+Step = Callable[[list[Batch], list[Batch]], object]  # takes the batches of the next step, too
 PEAK_FLOPS = 989e12  # per second, dense bfloat16: datasheet of the H100 and the H200
 
 
@@ -122,13 +123,13 @@ def print_speeds(check: Check, size: str, batch_sizes: tuple[int, ...]) -> None:
         with autocast(check.device, trainer.dtype):
             return loss(trainer.model, example.to(check.device)).total
 
-    models: dict[str, tuple[Callable[[Batch], object], float]] = {
+    models: dict[str, tuple[Step, float]] = {
         f"HRM-ESP {size}": (
-            lambda batch: trainer.train_step([batch]),
+            lambda batch, following: trainer.train_step(batch, following),
             count_flops(lambda: hrm_nll().backward()) / n_bytes,
         ),
         f"Llama {size}": (
-            llama.train_step,
+            lambda batch, following: llama.train_step(*batch),
             count_flops(lambda: llama.nll(example).backward()) / n_bytes,
         ),
     }
@@ -149,18 +150,17 @@ def print_speed(
     check: Check,
     name: str,
     batch_size: int,
-    step: Callable[[Batch], object],
+    step: Step,
     batches: list[Batch],
     flops_per_byte: float | None,
 ) -> None:
     """Times steps on some batches, and prints a row."""
-    turn = iter(range(10**9))
+    steps = [[batch] for batch in batches]
+    pairs = itertools.pairwise(itertools.cycle(steps))
     try:
         if check.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = check.mean_seconds(
-            lambda: step(batches[next(turn) % len(batches)]), 2 if check.quick else 12
-        )
+        seconds = check.mean_seconds(lambda: step(*next(pairs)), 2 if check.quick else 12)
     except torch.OutOfMemoryError:
         print(f"| {name} | {batch_size} | out of memory | | | |", flush=True)
         torch.cuda.empty_cache()
@@ -190,8 +190,8 @@ def time_parts(check: Check, trainer: Trainer, batch: Batch) -> dict[str, float]
     """Returns the seconds of the parts of a step."""
     repeats = 2 if check.quick else 8
     model, on_device = trainer.model, batch.to(check.device)
-    ngrams, preceding_ids = model.executor.ngrams, on_device.preceding_ids
-    assert ngrams is not None and preceding_ids is not None
+    ngrams = model.executor.ngrams
+    assert ngrams is not None
 
     def forward() -> torch.Tensor:
         with autocast(check.device, trainer.dtype):
@@ -206,14 +206,10 @@ def time_parts(check: Check, trainer: Trainer, batch: Batch) -> dict[str, float]
         "forward": check.mean_seconds(forward, repeats),
         "forward and backward": check.mean_seconds(forward_backward, repeats),
     }
-    window = on_device.y_in, on_device.y_out, preceding_ids
-    with torch.no_grad():
-        seconds["n-gram table"] = check.mean_seconds(
-            lambda: ngrams.table.lookup(*window, leave_one_out=True), repeats
-        )
-        seconds["recent n-grams"] = check.mean_seconds(
-            lambda: recent_counts(*window, ngrams.recent_orders), repeats
-        )
+    window = on_device.y_in, on_device.y_out, on_device.preceding_ids
+    seconds["n-gram lookup"] = check.mean_seconds(
+        lambda: ngrams.lookup(*window, leave_one_out=True), repeats
+    )
     for _ in range(3):  # the last one counts
         forward().backward()
         for optimizer in trainer.optimizers:
@@ -249,17 +245,29 @@ def profile_step(check: Check, trainer: Trainer, batch: Batch, step: float, trac
 
 
 def compiled(check: Check) -> None:
-    """Prints how long torch.compile takes, and how fast steps of plain text are then."""
-    trainer = check.new_trainer("tiny" if check.quick else "small", 64)
-    for block in (*trainer.model.planner.blocks, *trainer.model.executor.blocks):
-        block.compile(backend="eager" if check.quick else "inductor")
-    batch = windows(trainer, check, 2 if check.quick else 64)
-    begin = time.perf_counter()
-    trainer.train_step([batch])
-    check.synchronize()
-    first = time.perf_counter() - begin
-    seconds = check.mean_seconds(lambda: trainer.train_step([batch]), 2 if check.quick else 12)
-    print(
-        f"compiled, batch {len(batch.y_out)}: first step {first:.0f} s, then {seconds * 1e3:.1f} "
-        f"ms, {batch.n_targets / seconds:,.0f} bytes/s"
-    )
+    """Prints how long torch.compile takes, and how fast steps of plain text are then, beside a
+    compiled Llama."""
+    from llama import LlamaTrainer  # needs transformers
+
+    print("| model, compiled | batch | ms per step | bytes/s | MFU | memory, GB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for size, n in [("tiny", 2)] if check.quick else [("small", 64), ("small", 128), ("base", 64)]:
+        trainer = check.new_trainer(size, n)
+        backend = "eager" if check.quick else "inductor"
+        for block in (*trainer.model.planner.blocks, *trainer.model.executor.blocks):
+            block.compile(backend=backend)
+        llama = LlamaTrainer(trainer.model.config, 1e-3, check.device, torch.bfloat16)
+        llama.model.compile(backend=backend)
+        batches = [windows(trainer, check, n, seed) for seed in range(3)]
+        steps: dict[str, Step] = {
+            f"HRM-ESP {size}": lambda batch, following, step=trainer.train_step: step(
+                batch, following
+            ),
+            f"Llama {size}": lambda batch, following, step=llama.train_step: step(*batch),
+        }
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step(batches[:1], batches[1:2])
+            check.synchronize()
+            print(f"{name}: first step {time.perf_counter() - begin:.0f} s")
+            print_speed(check, name, n, step, batches, None)
