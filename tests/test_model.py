@@ -59,7 +59,7 @@ def test_rotation_keeps_length_and_depends_on_distance_only() -> None:
         return (apply_rotary(q, at(i)) * apply_rotary(k, at(j))).sum()
 
     def at(position: int) -> torch.Tensor:
-        freqs_cis = rotary(slice(position, position + 1))
+        freqs_cis = rotary(slice(position, position + 1), torch.float32)
         close(freqs_cis, rotary.freqs_cis(torch.tensor([position])))
         return freqs_cis
 
