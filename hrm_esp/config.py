@@ -37,6 +37,10 @@ MAX_BATCH = 2**20
 MAX_COUNT = 10**9
 MAX_STEPS = 10**12
 MAX_MINUTES = 10**7
+# Sizes of batches: windows, and pairs in units of max_len. On a GPU larger ones take hardly longer.
+CPU_BATCH, GPU_BATCH = 8, 64
+WIDE, WIDE_GPU_BATCH = 512, 32
+CPU_PAIRS, GPU_PAIRS = 2, 8
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"d_model": 128, "n_heads": 4, "n_layers_enc": 1, "n_layers_dec": 3},
@@ -141,9 +145,13 @@ class TrainConfig:
         None, "run", "train for N minutes, such as 0.5 (default: 10)", above=0, type=float,
         high=MAX_MINUTES,
     )  # fmt: skip
-    batch_size: int = option(
-        8, "training", "windows of max_len bytes per step and process", low=1, high=MAX_BATCH
-    )
+    batch_size: int | None = option(
+        None,
+        "training",
+        f"windows of max_len bytes per step and process (default: {CPU_BATCH}; on a GPU "
+        f"{GPU_BATCH}, or {WIDE_GPU_BATCH} with a d_model of {WIDE} or more)", low=1,
+        high=MAX_BATCH, type=int,
+    )  # fmt: skip
     grad_accum: int = option(
         1, "training", "micro-batches per optimizer step", flag=False, low=1, high=10_000
     )
@@ -292,9 +300,11 @@ class FinetuneConfig(TrainConfig):
     prompt_col: str | None = option(None, "data", PROMPT_COL_HELP, metavar="COLUMN", type=str)
     target_col: str | None = option(None, "data", TARGET_COL_HELP, metavar="COLUMN", type=str)
     lm: bool = option(False, "data", LM_HELP)
-    batch_size: int = option(
-        2, "training", "size of a batch of pairs per process, in units of max_len bytes", low=1,
-        high=MAX_BATCH,
+    batch_size: int | None = option(
+        None,
+        "training",
+        "size of a batch of pairs per process, in units of max_len bytes (default: "
+        f"{CPU_PAIRS}; on a GPU {GPU_PAIRS})", low=1, high=MAX_BATCH, type=int,
     )  # fmt: skip
     dropout: float = option(0.2, "model", "dropout rate", low=0, below=1)
     context: str = option(

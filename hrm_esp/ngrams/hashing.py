@@ -97,7 +97,7 @@ def factor_powers(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=64)
 def order_lengths(orders: tuple[int, ...], device: torch.device) -> Tensor:
     """Returns orders of n-grams as a column, (N, 1) int64."""
-    return torch.tensor(orders, device=device)[:, None]
+    return torch.tensor(orders).to(device)[:, None]
 
 
 def hash_words(word: Any, previous: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -90,6 +91,12 @@ def build_optimizers(model: HRMModel, options: TrainConfig) -> list[Optimizer]:
     if options.optimizer == "muon":
         return [Muon([blocks]), AdamW([rest], betas=BETAS, fused=True)]
     return [AdamW([blocks, rest], betas=BETAS, fused=True)]
+
+
+def clip_gradients(model: HRMModel, max_norm: float) -> Tensor:
+    """Scales the gradients down to a norm of at most ``max_norm``, 0 for any. Returns their norm
+    before that, ()."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
 
 
 def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:

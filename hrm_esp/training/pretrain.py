@@ -27,6 +27,7 @@ from .early_stopping import Score
 from .memory import check_memory, total_memory
 from .metrics_log import describe_run
 from .run_folder import open_run
+from .schedule import choose_batch_size
 from .trainer import Trainer, TrainResult
 
 VAL_BYTES = 16_384  # of the held-out text, scored at a validation, at most
@@ -73,7 +74,8 @@ def train_lm(
             stream, held_out = load_corpus(corpus, val, options)
         # Step 2: build the model and count the n-grams.
         n_windows = math.ceil(len(stream) / config.max_len)
-        check_memory(config, device, min(options.batch_size, n_windows), config.max_len)
+        batch_size = choose_batch_size(options, config, device)
+        check_memory(config, device, min(batch_size, n_windows), config.max_len)
         torch.manual_seed(options.seed)
         model = HRMModel(config)
         if model.executor.ngrams is not None:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from ..config import PretrainConfig, TrainConfig
+from ..config import (
+    CPU_BATCH,
+    CPU_PAIRS,
+    GPU_BATCH,
+    GPU_PAIRS,
+    WIDE,
+    WIDE_GPU_BATCH,
+    FinetuneConfig,
+    HRMConfig,
+    PretrainConfig,
+    TrainConfig,
+)
 
 CPU = torch.device("cpu")
 
@@ -25,6 +36,18 @@ def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
     return options.lr * warmup * max(0.0, decay)
 
 
+def choose_batch_size(options: TrainConfig, config: HRMConfig, device: torch.device) -> int:
+    """Returns the size of a batch; options may leave it to the device."""
+    if options.batch_size is not None:
+        return options.batch_size
+    is_gpu = device.type == "cuda"
+    if isinstance(options, FinetuneConfig):
+        return GPU_PAIRS if is_gpu else CPU_PAIRS
+    if not is_gpu:
+        return CPU_BATCH
+    return GPU_BATCH if config.d_model < WIDE else WIDE_GPU_BATCH
+
+
 def batch_shape(
     options: TrainConfig,
     max_len: int,
@@ -37,6 +60,7 @@ def batch_shape(
     Short windows in small batches come first (Li et al. 2022): most of what is local is learned
     from them in a fraction of the time.
     """
+    assert options.batch_size is not None  # see choose_batch_size
     batch_size = options.batch_size * n_processes
     if isinstance(options, PretrainConfig) and options.grow:
         for until, divisor, n_splits in GROWTH:

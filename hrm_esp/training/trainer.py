@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from .early_stopping import is_best, is_worse
 from .loader import Loader, StepBatches, step_batches, with_next
 from .loss import BatchSizes, LossModule, code_counts
 from .metrics_log import Meter, MetricsLog
-from .optim import build_optimizers, set_learning_rate
+from .optim import build_optimizers, clip_gradients, set_learning_rate
 from .resume import (
     changed_options,
     load_fingerprint,
@@ -54,7 +54,7 @@ from .resume import (
     usable_state,
 )
 from .run_folder import RunFolder
-from .schedule import learning_rate
+from .schedule import choose_batch_size, learning_rate
 from .signals import stop_signals
 from .state import RunState, StepStats
 from .validation import Validate, is_due, validation_size
@@ -105,7 +105,9 @@ class Trainer:
         validate: Validate | None = None,
         resumed: Checkpoint | None = None,
     ) -> None:
-        self.model, self.data, self.options, self.stage = model, data, options, stage
+        batch_size = choose_batch_size(options, model.config, model.device)
+        self.options = options = replace(options, batch_size=batch_size)
+        self.model, self.data, self.stage = model, data, stage
         model.stage = stage
         self.validate, self.device = validate, model.device
         self.dtype = choose_precision(self.device, options.precision)
@@ -160,8 +162,8 @@ class Trainer:
             self.open_meter() as meter,
         ):
             try:
-                is_ahead = self.device.type == "cuda"
-                for (n_done, batches), following in with_next(self.batches(), is_ahead):
+                is_gpu = self.device.type == "cuda"
+                for (n_done, batches), following in with_next(self.batches(), is_gpu):
                     adapt_threads()
                     step = self.train_step(batches, None if following is None else following[1])
                     state.advance(step, n_done, len(self.data), clock.seconds())
@@ -224,7 +226,7 @@ class Trainer:
         for i, (batch, window_counts, n_targets) in enumerate(self.loader.load(batches)):
             is_last = i == len(batches) - 1
             with detect_lost_peers(), nullcontext() if is_last else no_sync(self.loss):
-                # Windows have few shapes. Pairs have many: compiling them would not end.
+                # Windows have few shapes; pairs have many, and compiling would not end.
                 is_eager = self.options.compile and batch.cross_attends is not None
                 with autocast(self.device, self.dtype), run_eagerly(is_eager):
                     total, terms = self.loss(batch, sizes, window_counts)
@@ -237,7 +239,9 @@ class Trainer:
             if terms.code_logits is not None:
                 chosen = code_counts(terms.code_logits)
                 counts = chosen if counts is None else counts + chosen
-        grad_norm = self.clip_gradients()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = clip_gradients(self.model, self.options.grad_clip)
         if next_batches is not None:
             self.loader.start(next_batches)
         # Step 2: the results, the only ones for which the host waits.
@@ -249,13 +253,6 @@ class Trainer:
         self.optimizer_step(norm)
         self.model.update_code_queue(pooled)
         return StepStats(int(sizes.n_targets), nll, int(logged), norm, lr, counts)
-
-    def clip_gradients(self) -> torch.Tensor:
-        """Clips the gradients. Returns their norm before that."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        max_norm = self.options.grad_clip or math.inf
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def optimizer_step(self, norm: float) -> None:
         """Updates the weights, unless the norm of the gradients is not finite."""
