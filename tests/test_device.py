@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hrm_esp import FinetuneConfig, HRMConfig, PretrainConfig
+from hrm_esp.cli import common
 from hrm_esp.cli.main import describe_system_error
+from hrm_esp.cli.parser import build_parser
 from hrm_esp.device import choose_device, choose_precision
 from hrm_esp.errors import HRMError
+from hrm_esp.training.schedule import batch_shape, choose_batch_size
 
 
 @pytest.fixture
@@ -75,6 +79,36 @@ def test_a_gpu_that_the_build_has_no_kernels_for(
         choose_device("cuda")
     assert choose_device() == torch.device("cpu")
     assert "warning: using the CPU: " in capsys.readouterr().err
+
+
+def test_the_size_of_a_batch_follows_from_the_device(gpus: pytest.MonkeyPatch) -> None:
+    sizes = [
+        choose_batch_size(options, HRMConfig(d_model=d_model), torch.device(device))
+        for options in (PretrainConfig(), FinetuneConfig(), PretrainConfig(batch_size=3))
+        for device in ("cpu", "cuda")
+        for d_model in (256, 512)
+    ]
+    assert sizes == [8, 8, 64, 32, 2, 2, 8, 8, 3, 3, 3, 3]
+
+
+def test_texts_are_written_on_the_cpu_unless_a_device_is_named(gpus: pytest.MonkeyPatch) -> None:
+    parser = build_parser()
+    for flags, device in ((), "cpu"), (("--device", "cuda"), "cuda"), (("--cpu",), "cpu"):
+        args = parser.parse_args(["generate", *flags])
+        assert common.choose_device(args, "cpu") == torch.device(device)
+    assert common.choose_device(parser.parse_args(["pretrain"])) == torch.device("cuda")
+
+
+def test_windows_grow_in_length_only_on_a_gpu() -> None:
+    """As many bytes a step: a small batch would take it hardly less time."""
+    options = PretrainConfig(batch_size=64)
+    for progress, on_cpu, on_gpu in (
+        (0, (16, 4), (64, 4)),
+        (0.5, (32, 2), (64, 2)),
+        (1, (64, 1), (64, 1)),
+    ):
+        assert batch_shape(options, 512, progress) == on_cpu
+        assert batch_shape(options, 512, progress, device=torch.device("cuda")) == on_gpu
 
 
 def test_triton_without_a_compiler() -> None:

@@ -103,6 +103,19 @@ def test_resumed_equals_uninterrupted(
     assert same(weights(whole.best), weights(part.best))
 
 
+def test_loading_a_step_ahead_changes_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: several epochs, and no step more than asked for."""
+    keywords = {"epochs": 3, "grow": False, "patience": 0}
+    plain = train_lm(corpus, CONFIG, options(tmp_path / "plain", **keywords))
+    drawn = trainer.with_next
+    monkeypatch.setattr(trainer, "with_next", lambda items, is_ahead: drawn(items, True))
+    ahead = train_lm(corpus, CONFIG, options(tmp_path / "ahead", **keywords))
+    assert (ahead.steps, ahead.bytes_seen) == (plain.steps, plain.bytes_seen)
+    assert same(weights(ahead.last), weights(plain.last))
+
+
 def test_the_log_has_each_step_once(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

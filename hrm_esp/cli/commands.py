@@ -115,7 +115,8 @@ def generate(args: argparse.Namespace) -> None:
     if "stop" in args:
         args.stop = [clean_argument(s) for s in args.stop]
     config = from_args(GenerationConfig, args)
-    model = load_model(args)
+    # A token is many small operations, which a GPU takes longer to start than a CPU to compute.
+    model = load_model(args, "cpu")
     if is_single and args.prompt is None and is_terminal():
         from .conversation import converse
 

@@ -158,7 +158,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, metavar="N",
         help="texts generated together (default: 32; 1 for --prompts - from a pipe)",
     )  # fmt: skip
-    _add_device(groups["run"])
+    _add_device(groups["run"], "cpu")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -305,8 +305,8 @@ def _add_encoding(parser: Any) -> None:
     )
 
 
-def _add_device(parser: Any) -> None:
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best available)")
+def _add_device(parser: Any, default: str = "the best available") -> None:
+    parser.add_argument("--device", help=f"cuda, cuda:1, mps or cpu (default: {default})")
     parser.add_argument("--cpu", action="store_true", help="same as --device cpu")
 
 
