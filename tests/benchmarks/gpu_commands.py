@@ -34,6 +34,7 @@ TESTS = (
     "same_in_a_batch",
     "a_stream",
 )
+BITWISE_TEST = "resumed_equals_uninterrupted"  # on a GPU sums have no fixed order
 QUICK_TEST = "accumulated"
 
 
@@ -217,9 +218,12 @@ def tests(check: Check) -> None:
     source = "".join((check.root / path).read_text(encoding="utf-8") for path in TEST_FILES)
     unknown = [name for name in TESTS if not re.search(rf"def test_\w*{name}", source)]
     check.verdict(not unknown, f"chosen tests that do not exist: {', '.join(unknown) or 'none'}")
+    chosen = QUICK_TEST if check.quick else " or ".join(TESTS)
+    if check.is_cuda:
+        chosen = f"({chosen}) and not {BITWISE_TEST}"
     process = check.start_python(
         "-m", "pytest", "-n", 2 if check.quick else 12, "-p", "no:cacheprovider",
-        *TEST_FILES, "-k", QUICK_TEST if check.quick else " or ".join(TESTS), folder=check.root,
+        *TEST_FILES, "-k", chosen, folder=check.root,
     )  # fmt: skip
     output = read_output(process, max(20, min(90, check.seconds_left() - 10)))
     lines = [
@@ -228,11 +232,7 @@ def tests(check: Check) -> None:
         if line.startswith(("FAILED", "ERROR")) or " passed" in line or " failed" in line
     ]
     print("\n".join(lines[-25:]) or output[-800:])
-    check.verdict(
-        process.returncode == 0,
-        "tests that train and generate (on a GPU those that compare bits may fail: sums have no "
-        "fixed order there)",
-    )
+    check.verdict(process.returncode == 0, "tests that train and generate")
 
 
 def two(check: Check) -> None:
