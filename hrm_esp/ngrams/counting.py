@@ -79,11 +79,13 @@ def count_ngrams(
     entries, min_count = earlier or (np.empty(0, np.int64), 1)
     for begin in range(0, max(1, len(stream) - 1), BLOCK_BYTES):
         end = max(begin, min(begin + BLOCK_BYTES, len(stream) - 1))
+        old_min_count = min_count
         block, min_count = count_block(stream, begin, end, orders, max_entries, min_count, progress)
         entries = add_up(entries, block, seed=begin) if len(entries) else block
         del block  # of half a gigabyte
         if len(entries) > max_entries:
-            min_count = fitting_min_count([entries], max_entries)
+            min_count = max(min_count, fitting_min_count([entries], max_entries))
+        if min_count > old_min_count:
             entries = drop_rare(entries, min_count)
     return entries, min_count
 
