@@ -153,6 +153,7 @@ def load_start(options: ContinueConfig) -> Checkpoint:
         )
     if checkpoint.training is not None:
         raise HRMError(f"{path} is a state for --resume: give the checkpoint that ends in _last.pt")
+    print0(f"checkpoint: {path}")
     return checkpoint
 
 
