@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -193,6 +194,8 @@ def test_resumed_equals_uninterrupted(
     options = interrupted(texts, monkeypatch, val_old=old_val)
     if gone == "the checkpoint":
         shutil.rmtree(texts / "old")
+        moved = (texts / "old_val.txt").rename(texts / "moved.txt")
+        options = replace(options, ckpt="gone.pt", val_old=str(moved))
     else:
         (texts / "part" / "ngrams.counts").unlink()
     part = train_lm(texts / "new.txt", options=options)

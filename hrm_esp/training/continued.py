@@ -83,6 +83,7 @@ class Start:
         """Scores the model before its training, in the first process of a run that begins."""
         if self.checkpoint is None or rank() != 0:
             return
+        print0(f"checkpoint: {checkpoint_path(self.options.ckpt, ('pretrain',))}")
         for name, text in (("new", new_text), ("old", self.old_text)):
             if text is not None and len(text):
                 bpb = score(model, text).bits_per_byte
@@ -153,7 +154,6 @@ def load_start(options: ContinueConfig) -> Checkpoint:
         )
     if checkpoint.training is not None:
         raise HRMError(f"{path} is a state for --resume: give the checkpoint that ends in _last.pt")
-    print0(f"checkpoint: {path}")
     return checkpoint
 
 
