@@ -84,8 +84,8 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         "--ckpt",
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="train this pretrained checkpoint, or the best of a folder, further (default: a new "
-        f"model). Then lr is {ContinueConfig.lr:g} and the model is the checkpoint's",
+        help="pretrained checkpoint to train further, or its folder (default: train a new model); "
+        f"its model is kept, and the default of --lr is {ContinueConfig.lr:g}",
     )
     groups["model"].add_argument(
         "--size",
