@@ -166,6 +166,11 @@ def test_what_makes_no_sense_is_refused(texts: Path, trained: Path, run: Run, ca
     assert sorted(texts.rglob("*")) == before
 
 
+def test_a_config_of_a_new_model_is_refused(texts: Path) -> None:
+    with pytest.raises(HRMError, match="for a new model"):
+        train_lm(texts / "new.txt", HRMConfig(), further(texts))
+
+
 def test_a_folder_with_both_stages_gives_its_pretrained_checkpoint(
     texts: Path, trained: Path, run: Run
 ) -> None:

@@ -80,11 +80,10 @@ def train_lm(
     with open_run(options, "pretrain") as resumed:
         # Step 1: read the corpus and hold out a part of it.
         start = read_start(options, resumed)
-        old_text = None if start is None else start.old_text
         with local_rank_zero_first():
-            stream, held_out = load_corpus(corpus, val, options, old_text)
+            stream, held_out = load_corpus(corpus, val, options, start)
         # Step 2: build the model and count the n-grams.
-        config = new_config(config, options) if start is None else start.config
+        config = model_config(config, options, start)
         n_windows = math.ceil(len(stream) / config.max_len)
         check_memory(config, device, min(options.batch_size, n_windows), config.max_len)
         torch.manual_seed(options.seed)
@@ -122,8 +121,19 @@ def train_lm(
         return result if start is None else start.add_scores(result, model, final_eval)
 
 
-def new_config(config: HRMConfig | None, options: PretrainConfig) -> HRMConfig:
-    """Returns the config of a new model as the options of pretraining complete it."""
+def model_config(
+    config: HRMConfig | None, options: PretrainConfig, start: Start | None
+) -> HRMConfig:
+    """Returns the config of the model: that of a new one, completed by the options of pretraining,
+    or that of the checkpoint.
+
+    Raises:
+        HRMError: there are both.
+    """
+    if start is not None:
+        if config is not None:
+            raise HRMError("a config is for a new model: leave it out with a ContinueConfig")
+        return start.config
     return replace(
         config or HRMConfig(),
         cross_attention=options.denoise > 0,
@@ -183,18 +193,19 @@ def load_corpus(
     corpus: PathLike | Sequence[PathLike],
     val: PathLike | None,
     options: PretrainConfig,
-    old_text: ByteStream | None = None,
+    start: Start | None = None,
 ) -> tuple[ByteStream, ByteStream]:
     """Returns the training stream and the held-out stream, which have no document in common.
 
-    Documents of ``val`` and of ``old_text`` are left out of the training stream. Of the tail of the
-    corpus those are left out that the training stream has, too, unless little would be left to
-    score.
+    Documents of ``val`` and of ``start.old_text`` are left out of the training stream. Of the tail
+    of the corpus those are left out that the training stream has, too, unless little would be left
+    to score.
 
     Raises:
         HRMError: a file cannot be read, or nothing is left to train on.
     """
     paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
+    old_text = None if start is None else start.old_text
     token_file = Path(options.out_dir) / "corpus.tokens"
     reading = (options.sep, options.keep_licence)
     if val is None:
