@@ -95,7 +95,7 @@ def test_a_checkpoint_says_all_that_it_was_trained_on(texts: Path, run: Run) -> 
     ):
         assert run(*args, "--steps", "1").returncode == 0
     (line,) = (x for x in run("info", "third").stdout.splitlines() if x.startswith("trained on"))
-    parts = line.removeprefix("trained on").split(", then ")
+    parts = line.removeprefix("trained on").split("), ")
     expected = ["corpus.txt", "new.txt", "third.txt", "pairs.tsv"]
     assert [part.split()[0] for part in parts] == expected
     assert "5,775 bytes" in parts[0]

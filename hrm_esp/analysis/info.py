@@ -111,7 +111,7 @@ def read_facts(path: Path) -> Facts:
         size=size_name(checkpoint.config),
         weights=skeleton(checkpoint.config).n_parameters(),
         counts=n_counts,
-        data=", then ".join(filter(None, map(describe_data, texts))) or UNKNOWN,
+        data=", ".join(filter(None, map(describe_data, texts))) or UNKNOWN,
         seen=checkpoint.bytes_seen,
         steps=checkpoint.step,
         score=UNKNOWN if checkpoint.val_bpb is None else f"{checkpoint.val_bpb:.3f}",
