@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # package does not import torch.
 _MODULES = {
     "HRMError": "errors",
+    "ContinueConfig": "continue_config",
     "FinetuneConfig": "config",
     "GenerationConfig": "config",
     "HRMConfig": "config",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .config import GenerationConfig as GenerationConfig
     from .config import HRMConfig as HRMConfig
     from .config import PretrainConfig as PretrainConfig
+    from .continue_config import ContinueConfig as ContinueConfig
     from .data import dataset_lm as dataset_lm
     from .data import dataset_tsv as dataset_tsv
     from .data import load_corpus_lines as load_corpus_lines

@@ -257,6 +257,7 @@ class TrainConfig:
 class PretrainConfig(TrainConfig):
     """Options of pretraining."""
 
+    encoding: str = option("utf-8", "data", ENCODING_HELP, flag=False)
     sep: str = option("line", "data", SEP_HELP, choices=SEPARATORS)
     keep_licence: bool = option(
         False, "data", "keep the licence of Project Gutenberg, which is cut off otherwise",

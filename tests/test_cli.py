@@ -75,7 +75,7 @@ def test_dashes_and_underscores_are_alike(given: str, expected: str) -> None:
 def test_every_flag_of_the_mission_is_there() -> None:
     flags = {
         "pretrain": "batch_size max_len lr d_model n_heads n_layers_enc n_layers_dec plan_dim "
-        "n_plan_codes epochs steps minutes dropout cpu no_gumbel out_dir seed val encoding size "
+        "n_plan_codes epochs steps minutes dropout cpu no_gumbel out_dir seed val ckpt size "
         "device resume overwrite set",
         "finetune": "batch_size lr epochs steps minutes dropout cpu no_gumbel out_dir seed ckpt",
         "generate": "prompt max_new_tokens min_new_tokens temperature top_k top_p seed cpu ckpt",

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from hrm_esp import train_ft, train_lm
 from hrm_esp.config import FinetuneConfig, GenerationConfig, HRMConfig, PretrainConfig
+from hrm_esp.continue_config import ContinueConfig
 from hrm_esp.errors import HRMError
 from hrm_esp.training import memory
 
-CONFIGS = (HRMConfig, PretrainConfig, FinetuneConfig, GenerationConfig)
+CONFIGS = (HRMConfig, PretrainConfig, ContinueConfig, FinetuneConfig, GenerationConfig)
 FIELDS = [(config, f.name) for config in CONFIGS for f in fields(config)]
 NUMBERS = [
     (config, f.name)

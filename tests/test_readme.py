@@ -71,6 +71,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     for name in (*names, "letter.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TEXT, encoding="utf-8")
+    (tmp_path / "new.txt").write_text(TEXT.upper(), encoding="utf-8")
     (tmp_path / "old.txt").write_text(TEXT.replace("—", "-"), encoding="latin-1")
     for name in ("data.tsv", "held_out.tsv", "pairs.tsv"):
         (tmp_path / name).write_text(PAIRS, encoding="utf-8")
@@ -88,7 +89,8 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 def shortened(code: str) -> str:
     """Two steps instead of minutes, small models, nothing held out, and few bytes."""
     code = re.sub(r"--minutes \S+", "", code)
-    code = code.replace("hrm-esp pretrain", f"hrm-esp pretrain --steps 2 {' '.join(SMALL)}")
+    code = code.replace("hrm-esp pretrain", "hrm-esp pretrain --steps 2")
+    code = re.sub(r"(hrm-esp pretrain)(?!.*--ckpt)", rf"\1 {' '.join(SMALL)}", code)
     code = code.replace("hrm-esp finetune", "hrm-esp finetune --steps 2")
     code = re.sub(
         r"(hrm-esp (?:pretrain|finetune)) (?!.*--set help)", r"\1 --set val_fraction=0 ", code

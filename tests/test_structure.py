@@ -11,7 +11,7 @@ import hrm_esp
 ROOT = Path(hrm_esp.__file__).parent
 # Each may import from its own line and from the lines above it.
 LAYERS = (
-    ("errors", "options", "config", "tokenizer"),
+    ("errors", "options", "config", "continue_config", "tokenizer"),
     ("launch", "streams", "cpu_load", "files", "json_lines", "device", "distributed", "console"),
     ("data",),
     ("ngrams",),

@@ -101,8 +101,9 @@ def read_facts(path: Path) -> Facts:
     """
     checkpoint = load_checkpoint(path)
     n_counts = checkpoint.weights[ENTRIES].numel() if ENTRIES in checkpoint.weights else 0
-    origins = {stage: checkpoint.origin.get(stage, {}) for stage in ("pretrain", checkpoint.stage)}
-    origin = origins[checkpoint.stage]
+    known = checkpoint.origin
+    origin = known.get(checkpoint.stage, {})
+    texts = [*known.get("earlier", []), known.get("pretrain", {}), known.get("finetune", {})]
     return Facts(
         name=path.resolve().parent.name,
         file=path.name,
@@ -110,7 +111,7 @@ def read_facts(path: Path) -> Facts:
         size=size_name(checkpoint.config),
         weights=skeleton(checkpoint.config).n_parameters(),
         counts=n_counts,
-        data=", ".join(filter(None, map(describe_data, origins.values()))) or UNKNOWN,
+        data=", ".join(filter(None, map(describe_data, texts))) or UNKNOWN,
         seen=checkpoint.bytes_seen,
         steps=checkpoint.step,
         score=UNKNOWN if checkpoint.val_bpb is None else f"{checkpoint.val_bpb:.3f}",

@@ -7,12 +7,13 @@ import shlex
 from collections.abc import Sequence
 
 from ..config import FinetuneConfig, HRMConfig, PretrainConfig
+from ..continue_config import ContinueConfig
 from ..errors import HRMError
 from .parser import build_parser, options
 
 # The configs of which each command of training has flags, and those it sets with --set, too.
 CONFIGS: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
-    "pretrain": ((HRMConfig, PretrainConfig), ()),
+    "pretrain": ((HRMConfig, PretrainConfig), (ContinueConfig,)),
     "finetune": ((FinetuneConfig,), (HRMConfig,)),
 }
 

@@ -27,6 +27,7 @@ from ..config import (
     HRMConfig,
     PretrainConfig,
 )
+from ..continue_config import ContinueConfig
 from ..errors import HRMError
 from ..json_lines import to_json
 from ..launch import launched_rank
@@ -46,14 +47,32 @@ STORIES, NUMBERS = SAMPLES / "cuentos.txt", SAMPLES / "numeros.tsv"
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    config = from_args(HRMConfig, args, **SIZES[args.size])
-    train_options = from_args(PretrainConfig, args)
+    config, train_options = pretrain_options(args)
 
     from ..training import train_lm
 
     device = choose_device(args)
     result = train_lm(args.corpus or [STORIES], config, train_options, val=args.val, device=device)
     print_result(result)
+
+
+def pretrain_options(args: argparse.Namespace) -> tuple[HRMConfig | None, PretrainConfig]:
+    """Returns the config of the new model, ``None`` with --ckpt, and the options of the run."""
+    if "ckpt" not in args:
+        of_ckpt = options(ContinueConfig).keys() - options(PretrainConfig).keys()
+        if given := sorted(of_ckpt & vars(args).keys()):
+            raise HRMError(f"--set {given[0]} is for training a checkpoint further: give --ckpt")
+        config = from_args(HRMConfig, args, **SIZES[args.size or "small"])
+        return config, from_args(PretrainConfig, args)
+    given = sorted(options(HRMConfig).keys() & vars(args).keys())
+    if args.size:
+        given = ["size"]
+    if given:
+        raise HRMError(
+            f"{given[0]} is for a new model, and --ckpt is trained as it is: leave out {given[0]}, "
+            "or --ckpt"
+        )
+    return None, from_args(ContinueConfig, args)
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -85,12 +104,19 @@ def print_result(result: TrainResult) -> None:
     error if they cannot be printed."""
     if launched_rank():
         return
+
+    from ..training import ContinueResult
+
     with suppress(OSError):
         print(
             f"{result.bytes_seen:,} bytes seen in {result.steps:,} steps, {result.seconds:,.0f} s"
         )
         if result.score is not None:
             print(f"held out: {result.score}")
+        if isinstance(result, ContinueResult):
+            for name, change in (("new", result.new), ("old", result.old)):
+                if change is not None:
+                    print(f"{name} text: {change} (bits per byte)")
         print(result.best)
     flush_stdout()
 

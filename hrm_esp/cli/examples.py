@@ -12,8 +12,9 @@ examples:
 examples:
   hrm-esp pretrain corpus.txt
   hrm-esp pretrain books/ --val held_out.txt --minutes 60
-  hrm-esp pretrain old.txt --encoding cp1252 --size tiny --epochs 3
+  hrm-esp pretrain corpus.txt --size tiny --epochs 3
   hrm-esp pretrain poems.txt --sep stanza
+  hrm-esp pretrain new.txt --ckpt checkpoints --out_dir further
   hrm-esp pretrain corpus.txt --set optimizer=adamw --set lr=1e-3
 """,
     "finetune": """\

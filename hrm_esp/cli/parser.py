@@ -28,6 +28,7 @@ from ..config import (
     HRMConfig,
     PretrainConfig,
 )
+from ..continue_config import ContinueConfig
 from ..errors import HRMError
 from .examples import EXAMPLES
 
@@ -80,15 +81,21 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         help="held-out text, a file or a folder; never trained on (default: the end of the corpus)",
     )
     groups["model"].add_argument(
+        "--ckpt",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="pretrained checkpoint to train further, or its folder (default: train a new model); "
+        f"its model is kept, and the default of --lr is {ContinueConfig.lr:g}",
+    )
+    groups["model"].add_argument(
         "--size",
         choices=SIZES,
-        default="small",
         help="1.4, 7.6 or 51 million weights; sets d_model, n_heads and the number of layers "
         "(default: small)",
     )
     add_fields(groups, HRMConfig)
     add_fields(groups, PretrainConfig)
-    _add_set(groups["run"], HRMConfig, PretrainConfig)
+    _add_set(groups["run"], HRMConfig, PretrainConfig, ContinueConfig)
     _add_device(groups["run"])
 
 

@@ -59,6 +59,7 @@ def count_ngrams(
     orders: Sequence[int],
     max_entries: int,
     progress: Callable[[int], object] = lambda n: None,
+    earlier: tuple[Entries, int] | None = None,
 ) -> tuple[Entries, int]:
     """Counts the n-grams of a stream.
 
@@ -70,18 +71,21 @@ def count_ngrams(
     Args:
         orders: those of words first, then n-grams by rising n.
         progress: called with the number of bytes done, N times the stream in all.
+        earlier: what this function returned for other text, to which the counts are added.
 
     Returns:
         The sorted entries, (E,), and the count below which contexts were dropped.
     """
-    entries, min_count = np.empty(0, np.int64), 1
+    entries, min_count = earlier or (np.empty(0, np.int64), 1)
     for begin in range(0, max(1, len(stream) - 1), BLOCK_BYTES):
         end = max(begin, min(begin + BLOCK_BYTES, len(stream) - 1))
+        old_min_count = min_count
         block, min_count = count_block(stream, begin, end, orders, max_entries, min_count, progress)
         entries = add_up(entries, block, seed=begin) if len(entries) else block
         del block  # of half a gigabyte
         if len(entries) > max_entries:
-            min_count = fitting_min_count([entries], max_entries)
+            min_count = max(min_count, fitting_min_count([entries], max_entries))
+        if min_count > old_min_count:
             entries = drop_rare(entries, min_count)
     return entries, min_count
 

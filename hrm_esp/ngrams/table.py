@@ -24,7 +24,16 @@ from ..data.stream import ByteStream
 from ..files import mmap_cached
 from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
 from .counting import count_ngrams
-from .entries import COUNT_BITS, COUNTS, MAX_CODE, chunks, entry_key, entry_tokens, last_key
+from .entries import (
+    COUNT_BITS,
+    COUNTS,
+    MAX_CODE,
+    Entries,
+    chunks,
+    entry_key,
+    entry_tokens,
+    last_key,
+)
 from .hashing import WORD_ORDERS, order_lengths
 
 TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
@@ -66,6 +75,17 @@ class ContextCounts(NamedTuple):
     counts: Tensor
 
 
+class EarlierCounts(NamedTuple):
+    """N-gram counts of other text, to which those of a stream are added.
+
+    ``checksum`` identifies them. ``load`` returns them: entries, and the count below which contexts
+    were dropped. It is only called if there is no cache file.
+    """
+
+    checksum: str
+    load: Callable[[], tuple[Entries, int]]
+
+
 class NgramTable(nn.Module):
     """N-gram counts of the training text.
 
@@ -92,6 +112,7 @@ class NgramTable(nn.Module):
         path: Path | None = None,
         max_bytes: int = 2**40,
         progress: Callable[[int], object] = lambda n: None,
+        earlier: EarlierCounts | None = None,
     ) -> None:
         """Counts the n-grams of a stream.
 
@@ -99,21 +120,29 @@ class NgramTable(nn.Module):
             path: cache file; the table is read from it if it was made from the same text.
             max_bytes: of the table in memory.
             progress: see `count_ngrams`.
+            earlier: counts to add those of the stream to.
         """
         self.is_built = True
         max_entries = max_bytes // BYTES_PER_ENTRY
+
+        def count() -> tuple[Entries, int]:
+            start = None if earlier is None else earlier.load()
+            return count_ngrams(stream, self.orders, max_entries, progress, start)
+
         if path is None:
-            entries, min_count = count_ngrams(stream, self.orders, max_entries, progress)
+            entries, min_count = count()
             self.entries, self.min_count = torch.from_numpy(entries), torch.tensor(min_count)
             return
 
         def write(file: IO[bytes]) -> None:
-            entries, min_count = count_ngrams(stream, self.orders, max_entries, progress)
+            entries, min_count = count()
             file.write(np.int64(min_count).tobytes())
             file.write(entries.data)
 
         source = f"{len(stream)} {zlib.crc32(stream.data):08x}"
         key = f"{TABLE_VERSION} {self.orders} {source} {max_entries}"
+        if earlier is not None:
+            key += f" after {earlier.checksum}"
         data = torch.from_numpy(mmap_cached(path, key, write).view(np.int64))
         self.min_count, self.entries = data[0].clone(), data[1:]
 

@@ -24,6 +24,14 @@ from .weights import compact_weights, expand_weights, pack_counts, without_count
 FORMAT = 10  # raised by every change after which older files cannot be read
 STAGES = ("pretrain", "finetune")
 TEXT_FACTS = ("bytes", "documents", "sep", "encoding")  # of a training text, beside its ``data``
+# Of a stage's facts, if it is not text. The scores are in bits per byte.
+FACT_TYPES = {
+    "bytes": int,
+    "documents": int,
+    "rows": int,
+    "new_bpb_before": float,
+    "old_bpb_before": float,
+}
 COUNT = {"low": 0, "high": 2**53}  # bounds of a field that counts something
 # Of bits per byte: rounding may make them negative, and a byte of probability 0 infinite.
 BITS = {"low": -1, "high": 1e30, "finite": False}
@@ -34,7 +42,8 @@ class Checkpoint:
     """The weights of a model, and what produced them.
 
     ``val_bpb``: held-out bits per byte, if measured. ``origin``: for each stage what it was trained
-    on, when and how, see `RunFolder`. ``counts``: the n-gram counts as they are
+    on, when and how, see `RunFolder`; under ``earlier`` a list of what was pretrained on before.
+    ``counts``: the n-gram counts as they are
     stored, if they were packed before; of a large corpus that takes seconds. ``training``: what
     resuming needs, in ``{stage}_state.pt`` only, whose weights lack the n-gram counts.
     """
@@ -137,12 +146,16 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
 
 def check_origin(origin: Any) -> None:
     """Raises TypeError if this is not the `Checkpoint.origin` that a run writes."""
-    is_dict = type(origin) is dict and all(type(known) is dict for known in origin.values())
-    if not is_dict or not origin.keys() <= set(STAGES):
+    if type(origin) is not dict or type(origin.get("earlier", [])) is not list:
         raise TypeError
-    for known in origin.values():
+    parts = [origin[stage] for stage in STAGES if stage in origin]
+    if not origin.keys() <= {*STAGES, "earlier"}:
+        raise TypeError
+    for known in (*parts, *origin.get("earlier", [])):
+        if type(known) is not dict:
+            raise TypeError
         for name, value in known.items():
-            kind = int if name in ("bytes", "documents", "rows") else str
+            kind = FACT_TYPES.get(name, str)
             if type(name) is not str or type(value) is not kind:
                 raise TypeError
         if "data" in known and not ("rows" in known or {*TEXT_FACTS} <= known.keys()):
@@ -188,13 +201,13 @@ def find_checkpoint(folder: PathLike = DEFAULT_DIR, stages: tuple[str, ...] = ST
     return next(p for p in found if p.name.startswith(newest))
 
 
-def checkpoint_path(path: PathLike) -> Path:
+def checkpoint_path(path: PathLike, stages: tuple[str, ...] = STAGES) -> Path:
     """Returns the path of a checkpoint; of a folder, that of the best one of its newest run.
 
     Raises:
         HRMError: the folder has none.
     """
-    return find_checkpoint(path) if Path(path).is_dir() else Path(path)
+    return find_checkpoint(path, stages) if Path(path).is_dir() else Path(path)
 
 
 def load_model(path: PathLike | None = None, device: torch.device | str = "cpu") -> HRMModel:

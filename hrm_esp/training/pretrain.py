@@ -8,7 +8,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import DEFAULT_COUNT_MEMORY, HRMConfig, PretrainConfig
@@ -23,6 +25,8 @@ from ..evaluation import TextScore, score_stream
 from ..files import PathLike
 from ..model import HRMModel
 from ..ngrams import NgramTable
+from ..ngrams.table import EarlierCounts
+from .continued import Start, read_start
 from .early_stopping import Score
 from .memory import check_memory, total_memory
 from .metrics_log import describe_run
@@ -51,7 +55,9 @@ def train_lm(
 
     Args:
         corpus: text files or folders.
-        config: of the model; ``options.denoise`` decides its ``cross_attention``.
+        config: of a new model; ``options.denoise`` decides its ``cross_attention``.
+        options: with a `ContinueConfig` a pretrained model is trained further, and the result is a
+            `ContinueResult`.
         val: text to score on, a file or a folder, which is left out of the corpus; by default the
             tail of the corpus, ``options.val_fraction``.
 
@@ -60,29 +66,37 @@ def train_lm(
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     options = options or PretrainConfig()
-    config = replace(
-        config or HRMConfig(),
-        cross_attention=options.denoise > 0,
-        sep=options.sep,
-        line_breaks=options.sep in ("stanza", "file"),
-    )
     device = device or choose_device()
-    folder = Path(options.out_dir)
+    dtype = choose_precision(device, options.precision)
+
+    def validate(model: HRMModel, size: float) -> Score:
+        text = held_out[: round(VAL_BYTES * size)]
+        return Score(None, score_stream(model, text, dtype).bits_per_byte)
+
+    def final_eval(model: HRMModel, text: ByteStream) -> TextScore:
+        text = text[:FINAL_VAL_BYTES]
+        with progress_bar(len(text), "B") as bar:
+            return score_stream(model, text, dtype, progress=bar.update)
+
     with open_run(options, "pretrain") as resumed:
         # Step 1: read the corpus and hold out a part of it.
+        start = read_start(options, resumed)
         with local_rank_zero_first():
-            stream, held_out = load_corpus(corpus, val, options)
+            stream, held_out = load_corpus(corpus, val, options, start)
         # Step 2: build the model and count the n-grams.
+        config = model_config(config, options, start)
         n_windows = math.ceil(len(stream) / config.max_len)
         batch_size = choose_batch_size(options, config, device)
         check_memory(config, device, min(batch_size, n_windows), config.max_len)
         torch.manual_seed(options.seed)
-        model = HRMModel(config)
+        model = HRMModel(config) if start is None else start.build_model().to(device)
+        if start is not None:
+            start.score_before(model, held_out, final_eval)
         if model.executor.ngrams is not None:
+            earlier = None if start is None else start.earlier_counts()
             with local_rank_zero_first():
-                build_table(model.executor.ngrams.table, stream, folder, options.count_memory)
+                build_table(model.executor.ngrams.table, stream, options, earlier)
         model.to(device)
-        dtype = choose_precision(device, options.precision)
         # Step 3: report what was read.
         stats = corpus_stats(stream)
         print0(f"corpus: {stats}")
@@ -90,17 +104,7 @@ def train_lm(
         for line in stats.warnings(model.n_parameters(), options.sep):
             print0(f"warning: {line}")
         describe_run("pretrain", model, dtype)
-
         # Step 4: train.
-        def validate(model: HRMModel, size: float) -> Score:
-            text = held_out[: round(VAL_BYTES * size)]
-            return Score(None, score_stream(model, text, dtype).bits_per_byte)
-
-        def final_eval(model: HRMModel) -> TextScore:
-            text = held_out[:FINAL_VAL_BYTES]
-            with progress_bar(len(text), "B") as bar:
-                return score_stream(model, text, dtype, progress=bar.update)
-
         data = LMDataset(
             stream, config.max_len, options.planner_input, config.preceding_len, options.denoise
         )
@@ -110,37 +114,67 @@ def train_lm(
             options,
             stage="pretrain",
             data_id=f"{len(stream)}:{zlib.crc32(stream.data):08x}",
-            origin={"pretrain": describe_data(corpus, len(stream), stats.documents, options)},
+            origin=describe_data(corpus, len(stream), stats.documents, options, start),
             validate=validate if len(held_out) else None,
             resumed=resumed,
         )
         trainer.run()
-        return trainer.result(final_eval)
+        result = trainer.result(lambda model: final_eval(model, held_out))
+        return result if start is None else start.add_scores(result, model, final_eval)
+
+
+def model_config(
+    config: HRMConfig | None, options: PretrainConfig, start: Start | None
+) -> HRMConfig:
+    """Returns the config of the model: that of a new one, completed by the options of pretraining,
+    or that of the checkpoint.
+
+    Raises:
+        HRMError: there are both.
+    """
+    if start is not None:
+        if config is not None:
+            raise HRMError("a config is for a new model: leave it out with a ContinueConfig")
+        return start.config
+    return replace(
+        config or HRMConfig(),
+        cross_attention=options.denoise > 0,
+        sep=options.sep,
+        line_breaks=options.sep in ("stanza", "file"),
+    )
 
 
 def describe_data(
-    corpus: PathLike | Sequence[PathLike], n_bytes: int, n_documents: int, options: PretrainConfig
-) -> dict[str, str | int]:
-    """Returns what a checkpoint says about its training text."""
+    corpus: PathLike | Sequence[PathLike],
+    n_bytes: int,
+    n_documents: int,
+    options: PretrainConfig,
+    start: Start | None,
+) -> dict[str, Any]:
+    """Returns the `Checkpoint.origin` of a run."""
     paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
-    return {
+    facts = {
         "data": ", ".join(Path(path).name for path in paths),
         "bytes": n_bytes,
         "documents": n_documents,
         "sep": options.sep,
         "encoding": options.encoding,
     }
+    if start is None:
+        return {"pretrain": facts}
+    return {"earlier": start.earlier, "pretrain": facts | start.facts}
 
 
 def build_table(
-    table: NgramTable, stream: ByteStream, folder: Path, count_memory: float | None
+    table: NgramTable, stream: ByteStream, options: PretrainConfig, earlier: EarlierCounts | None
 ) -> None:
-    """Counts the n-grams of a stream, or reads the counts if the folder has them, and says what was
-    dropped.
+    """Counts the n-grams of a stream, or reads the counts if the folder of the run has them, and
+    says what was dropped.
 
     Args:
-        count_memory: see `PretrainConfig`.
+        earlier: counts to add those of the stream to.
     """
+    count_memory, path = options.count_memory, Path(options.out_dir) / "ngrams.counts"
     if count_memory is None:
         memory = total_memory(torch.device("cpu"))
         count_memory = DEFAULT_COUNT_MEMORY
@@ -149,7 +183,7 @@ def build_table(
             count_memory = 2 ** int(math.log2(memory / 8e6))
     n_bytes = len(table.orders) * (len(stream) - 1)
     with progress_bar(n_bytes, "B", task="counting n-grams") as bar:
-        table.build(stream, folder / "ngrams.counts", int(count_memory * 1e6), bar.update)
+        table.build(stream, path, int(count_memory * 1e6), bar.update, earlier)
     if (min_count := int(table.min_count)) > 1:
         print0(
             f"n-gram counts: only of contexts that occurred at least {min_count} times; rarer ones "
@@ -158,21 +192,26 @@ def build_table(
 
 
 def load_corpus(
-    corpus: PathLike | Sequence[PathLike], val: PathLike | None, options: PretrainConfig
+    corpus: PathLike | Sequence[PathLike],
+    val: PathLike | None,
+    options: PretrainConfig,
+    start: Start | None = None,
 ) -> tuple[ByteStream, ByteStream]:
     """Returns the training stream and the held-out stream, which have no document in common.
 
-    Documents of ``val`` are left out of the training stream. Of the tail of the corpus those are
-    left out that the training stream has, too, unless little would be left to score.
+    Documents of ``val`` and of ``start.old_text`` are left out of the training stream. Of the tail
+    of the corpus those are left out that the training stream has, too, unless little would be left
+    to score.
 
     Raises:
         HRMError: a file cannot be read, or nothing is left to train on.
     """
     paths = [corpus] if isinstance(corpus, str | os.PathLike) else corpus
+    old_text = None if start is None else start.old_text
     token_file = Path(options.out_dir) / "corpus.tokens"
     reading = (options.sep, options.keep_licence)
     if val is None:
-        stream = load_stream(paths, options.encoding, token_file, *reading)
+        stream = load_stream(paths, options.encoding, token_file, *reading, old_text)
         stream, held_out = split_stream(stream, options.val_fraction)
         shared = shared_units(stream, held_out)
         left, removed = remove_shared(held_out, shared)
@@ -186,7 +225,8 @@ def load_corpus(
         files = [file for file in text_files(paths) if file.resolve() not in scored]
         if not files:
             raise HRMError(f"{val} is all the text there is: give another --val, or none")
-        stream = load_stream(files, options.encoding, token_file, *reading, held_out)
+        scored_text = held_out if old_text is None else np.concatenate((held_out, old_text))
+        stream = load_stream(files, options.encoding, token_file, *reading, scored_text)
         shared = shared_units(stream, held_out)
     if not len(stream):
         raise HRMError("nothing is left to train on: give a smaller --set val_fraction")

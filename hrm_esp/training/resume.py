@@ -33,6 +33,7 @@ def resume_fingerprint(options: TrainConfig, model: HRMModel, data_id: str) -> d
     """Returns what a resumed run must have in common with the saved one: options, data and n-gram
     counts, which the saved state does not contain."""
     free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every", "sample_prompt"}
+    free |= {"ckpt", "val_old"}
     fingerprint = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
     checksum = 0
     for tensor in only_counts(model.state_dict()).values():

@@ -107,7 +107,7 @@ class Trainer:
     ) -> None:
         batch_size = choose_batch_size(options, model.config, model.device)
         self.options = options = replace(options, batch_size=batch_size)
-        self.model, self.data, self.stage = model, data, stage
+        self.model, self.data, self.stage, self.loader = model, data, stage, Loader(model)
         model.stage = stage
         self.validate, self.device = validate, model.device
         self.dtype = choose_precision(self.device, options.precision)
@@ -126,8 +126,7 @@ class Trainer:
             self.folder.prepare(resume=resumed is not None)
         if resumed is not None:
             self.load_state(resumed)
-        # Loading, compilation and data parallelism.
-        self.loader = Loader(model)
+        # Compilation and data parallelism.
         if options.compile:
             torch._dynamo.config.recompile_limit = MAX_SHAPES
             for block in (*model.planner.blocks, *model.executor.blocks):
