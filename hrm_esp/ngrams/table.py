@@ -21,16 +21,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..console import print0
 from ..data.stream import ByteStream
 from ..files import mmap_cached
 from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
 from .counting import count_ngrams
-from .entries import COUNT_BITS, COUNTS, MAX_CODE, chunks, entry_key, entry_tokens, last_key
+from .entries import (
+    COUNT_BITS,
+    COUNTS,
+    MAX_CODE,
+    Entries,
+    chunks,
+    entry_key,
+    entry_tokens,
+    last_key,
+)
 from .hashing import WORD_ORDERS, ContextHasher
 
 TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 TABLE_VERSION = 3  # of the entries that a text becomes: changing it counts again
 BYTES_PER_ENTRY = 8
+ANNOUNCED_BYTES = 10**7  # of a stream from which a line says that it is counted: it takes a while
 
 
 def is_valid_table(entries: Tensor) -> bool:
@@ -103,13 +114,19 @@ class NgramTable(nn.Module):
         """
         self.is_built = True
         max_entries = max_bytes // BYTES_PER_ENTRY
+
+        def count() -> tuple[Entries, int]:
+            if len(stream) >= ANNOUNCED_BYTES:
+                print0(f"counting n-grams of {len(stream) / 1e6:,.0f} MB")
+            return count_ngrams(stream, self.orders, max_entries, progress)
+
         if path is None:
-            entries, min_count = count_ngrams(stream, self.orders, max_entries, progress)
+            entries, min_count = count()
             self.entries, self.min_count = torch.from_numpy(entries), torch.tensor(min_count)
             return
 
         def write(file: IO[bytes]) -> None:
-            entries, min_count = count_ngrams(stream, self.orders, max_entries, progress)
+            entries, min_count = count()
             file.write(np.int64(min_count).tobytes())
             file.write(entries.data)
 

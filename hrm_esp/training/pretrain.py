@@ -27,6 +27,7 @@ from .early_stopping import Score
 from .memory import check_memory, total_memory
 from .metrics_log import describe_run
 from .run_folder import open_run
+from .signals import interruptible
 from .trainer import Trainer, TrainResult
 
 VAL_BYTES = 16_384  # of the held-out text, scored at a validation, at most
@@ -57,6 +58,7 @@ def train_lm(
     Raises:
         HRMError: bad data or options, a folder that holds a run, or what `Trainer.run` raises.
         Interrupted: Ctrl-C or SIGTERM, after saving.
+        KeyboardInterrupt: Ctrl-C or SIGTERM before training; the message says so.
     """
     options = options or PretrainConfig()
     config = replace(
@@ -69,7 +71,7 @@ def train_lm(
     folder = Path(options.out_dir)
     with open_run(options, "pretrain") as resumed:
         # Step 1: read the corpus and hold out a part of it.
-        with local_rank_zero_first():
+        with local_rank_zero_first(), interruptible("reading the corpus"):
             stream, held_out = load_corpus(corpus, val, options)
         # Step 2: build the model and count the n-grams.
         n_windows = math.ceil(len(stream) / config.max_len)
@@ -77,7 +79,7 @@ def train_lm(
         torch.manual_seed(options.seed)
         model = HRMModel(config)
         if model.executor.ngrams is not None:
-            with local_rank_zero_first():
+            with local_rank_zero_first(), interruptible("counting n-grams"):
                 build_table(model.executor.ngrams.table, stream, folder, options.count_memory)
         model.to(device)
         dtype = choose_precision(device, options.precision)
