@@ -7,13 +7,15 @@ Writes a random text of each size; word frequencies follow Zipf's law. On each t
 starts with an empty folder, trains for some steps and is stopped. Then it starts again, with cached
 files. Columns of the table:
 
-- reading: seconds of reading the text and holding out a part of it.
+- reading: seconds of reading the text and holding out a part of it. In parentheses, here and below:
+  CPU seconds, which other processes of the machine hardly change.
 - counting: seconds of counting n-grams.
 - cached: size of `corpus.tokens` and `ngrams.counts`.
 - build, training: peak of the anonymous resident memory, without memory-mapped files.
 - entries, contexts from: of the n-gram table; contexts that occurred less often are dropped.
 - second start: seconds from the command to the end of the first step, `import torch` included.
-- bytes/s: of training with the whole batch from the first step on, median of intervals of 10 s.
+- bytes/s: of training with the whole batch from the first step on, after some seconds; in
+  parentheses bytes per CPU second, and their share of the first row's.
 
 ``--pass`` measures the anonymous resident memory at the end of one pass over the text instead. The
 pass would take days, so only about 20 of its steps are executed, evenly spaced; the other steps
@@ -22,11 +24,13 @@ read their batch and skip the rest. Denoising is off there, because its batches 
 Linux only: memory is read from /proc. A text of N MB needs twice as much disk and 640 MB more.
 """
 
+from __future__ import annotations
+
 import json
+import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,6 +45,7 @@ import numpy as np
 LETTERS = "eaosrnidlctumpbgvyqhfzjñxkwáéíóú"
 N_STEPS = 20  # steps of a pass that are executed
 POLL_SECONDS = 0.05  # between two looks at a run
+TRAINED_BYTES = 100_000  # whose speed is measured: 24 steps
 ENTRIES_BEGIN = 4096 + 8  # bytes of ngrams.counts before its entries: a header and a count
 HEADER = """\
 | corpus, MB | reading, s | counting, s | cached, MB | build, MB | training, MB | entries, million \
@@ -70,6 +75,25 @@ def anonymous_memory(pid: int | str) -> float:
     return 0.0
 
 
+def cpu_seconds(pid: int) -> float:
+    """Returns the CPU time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Duration(NamedTuple):
+    """Seconds of the clock, and of the CPU."""
+
+    seconds: float
+    cpu: float
+
+    def since(self, earlier: Duration) -> Duration:
+        return Duration(self.seconds - earlier.seconds, self.cpu - earlier.cpu)
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} ({self.cpu:.1f})"
+
+
 class Run:
     """``hrm-esp pretrain`` in a process of its own.
 
@@ -83,8 +107,8 @@ class Run:
             [*command, "--out_dir", str(out_dir)], stdout=subprocess.DEVNULL, stderr=stderr
         )
 
-    def wait_for(self, is_reached: Callable[[], object]) -> float:
-        """Waits until something is reached. Returns the seconds since the start.
+    def wait_for(self, is_reached: Callable[[], object]) -> Duration:
+        """Waits until something is reached. Returns the time since the start.
 
         Raises:
             SystemExit: the process ended before that.
@@ -95,17 +119,16 @@ class Run:
                 sys.exit(f"exit status {self.process.returncode} of {self.process.args}")
             self.peak = max(self.peak, anonymous_memory(self.process.pid))
             time.sleep(POLL_SECONDS)
-        return time.perf_counter() - self.begin
+        return Duration(time.perf_counter() - self.begin, cpu_seconds(self.process.pid))
 
     def has_file(self, pattern: str) -> bool:
         return any(self.out_dir.glob(pattern))
 
-    def speeds(self) -> list[float]:
-        """Returns the logged bytes per second, one for each 10 seconds of training."""
+    def bytes_seen(self) -> int:
+        """Returns the bytes of training that are logged: every 10 seconds."""
         path = self.out_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        entries = (json.loads(line) for line in lines if line.endswith("}"))
-        return [entry["bytes_per_second"] for entry in entries if "bytes_per_second" in entry]
+        return max((json.loads(x)["bytes_seen"] for x in lines if x.endswith("}")), default=0)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)
@@ -116,20 +139,20 @@ class Cost(NamedTuple):
     """What a corpus costs: see the columns of the table. ``message``: the line about contexts that
     were dropped."""
 
-    reading: float
-    counting: float
+    reading: Duration
+    counting: Duration
     cached: float
     build_memory: float
     training_memory: float
     n_entries: int
     min_count: int
     message: str
-    second_start: float
-    speed: float
+    second_start: Duration
+    speed: Duration  # bytes a second
 
 
-def measure_cost(corpus: Path, out_dir: Path, n_intervals: int) -> Cost:
-    """Trains on a text until its speed was logged so many times, then starts again."""
+def measure_cost(corpus: Path, out_dir: Path) -> Cost:
+    """Trains on a text for some steps, then starts again."""
     shutil.rmtree(out_dir, ignore_errors=True)
     log = out_dir.with_suffix(".log")
     flags = ("--steps", "1000000", "--set", "grow=false")
@@ -141,8 +164,12 @@ def measure_cost(corpus: Path, out_dir: Path, n_intervals: int) -> Cost:
         reading_memory = run.peak
         counted = run.wait_for(lambda: run.has_file("ngrams.counts"))
         build_memory = max(reading_memory, run.peak)
-        run.wait_for(lambda: len(run.speeds()) >= n_intervals)
-        training_memory, speed = run.peak, statistics.median(run.speeds()[1:])
+        warm = run.wait_for(run.bytes_seen)
+        n_before = run.bytes_seen()
+        trained = run.wait_for(lambda: run.bytes_seen() >= n_before + TRAINED_BYTES).since(warm)
+        n_bytes = run.bytes_seen() - n_before
+        speed = Duration(n_bytes / trained.seconds, n_bytes / trained.cpu)
+        training_memory = run.peak
         run.stop()
     messages = [x for x in log.read_text().splitlines() if x.startswith("n-gram counts:")]
     message = messages[0] if messages else ""
@@ -155,8 +182,8 @@ def measure_cost(corpus: Path, out_dir: Path, n_intervals: int) -> Cost:
         run.process.kill()
         run.process.wait()
     return Cost(
-        read - started,
-        counted - read,
+        read.since(started),
+        counted.since(read),
         sum(sizes) / 1e6,
         build_memory,
         training_memory,
@@ -168,18 +195,18 @@ def measure_cost(corpus: Path, out_dir: Path, n_intervals: int) -> Cost:
     )
 
 
-def print_costs(texts: dict[int, Path], folder: Path, n_intervals: int) -> None:
+def print_costs(texts: dict[int, Path], folder: Path) -> None:
     """Prints the table, and the lines about contexts that were dropped."""
     print(HEADER)
     messages, first_speed = [], 0.0
     for megabytes, corpus in texts.items():
-        cost = measure_cost(corpus, folder / f"{megabytes}.run", n_intervals)
-        first_speed = first_speed or cost.speed
+        cost = measure_cost(corpus, folder / f"{megabytes}.run")
+        first_speed = first_speed or cost.speed.cpu
         print(
-            f"| {megabytes:,} | {cost.reading:.1f} | {cost.counting:.1f} | {cost.cached:,.0f} | "
+            f"| {megabytes:,} | {cost.reading} | {cost.counting} | {cost.cached:,.0f} | "
             f"{cost.build_memory:,.0f} | {cost.training_memory:,.0f} | {cost.n_entries / 1e6:.1f} "
-            f"| {cost.min_count} | {cost.second_start:.1f} | {cost.speed:,.0f} "
-            f"({cost.speed / first_speed:.0%}) |",
+            f"| {cost.min_count} | {cost.second_start} | {cost.speed.seconds:,.0f} "
+            f"({cost.speed.cpu:,.0f}, {cost.speed.cpu / first_speed:.0%}) |",
             flush=True,
         )
         messages.append(f"{megabytes:,} MB: {cost.message}")
@@ -231,7 +258,6 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[2, 95, 1000])
     parser.add_argument("--pass", dest="one_pass", action="store_true", help="see above")
-    parser.add_argument("--intervals", type=int, default=12, help="of 10 s of training")
     parser.add_argument("--folder", type=Path, help="keep the texts and the runs here")
     args = parser.parse_args()
     print(machine())
@@ -244,7 +270,7 @@ def main() -> None:
         if args.one_pass:
             print_passes(texts, folder)
         else:
-            print_costs(texts, folder, args.intervals)
+            print_costs(texts, folder)
 
 
 if __name__ == "__main__":
