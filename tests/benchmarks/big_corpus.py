@@ -97,7 +97,7 @@ class Duration(NamedTuple):
 class Run:
     """``hrm-esp pretrain`` in a process of its own.
 
-    ``peak``: of its anonymous resident memory since `wait_for` was called, in MB.
+    ``peak``: of its anonymous resident memory in MB, as long as `wait_for` waits.
     """
 
     def __init__(self, corpus: Path, out_dir: Path, stderr: IO[str], *flags: str) -> None:
@@ -113,7 +113,6 @@ class Run:
         Raises:
             SystemExit: the process ended before that.
         """
-        self.peak = 0.0
         while not is_reached():
             if self.process.poll() is not None:
                 sys.exit(f"exit status {self.process.returncode} of {self.process.args}")
@@ -161,15 +160,12 @@ def measure_cost(corpus: Path, out_dir: Path) -> Cost:
         run = Run(corpus, out_dir, stderr, *flags)
         started = run.wait_for(lambda: run.has_file("*corpus.tokens*"))
         read = run.wait_for(lambda: run.has_file("*ngrams.counts*"))
-        reading_memory = run.peak
         counted = run.wait_for(lambda: run.has_file("ngrams.counts"))
-        build_memory = max(reading_memory, run.peak)
+        build_memory, run.peak = run.peak, 0.0
         warm = run.wait_for(run.bytes_seen)
         n_before = run.bytes_seen()
         trained = run.wait_for(lambda: run.bytes_seen() >= n_before + TRAINED_BYTES).since(warm)
         n_bytes = run.bytes_seen() - n_before
-        speed = Duration(n_bytes / trained.seconds, n_bytes / trained.cpu)
-        training_memory = run.peak
         run.stop()
     messages = [x for x in log.read_text().splitlines() if x.startswith("n-gram counts:")]
     message = messages[0] if messages else ""
@@ -177,21 +173,20 @@ def measure_cost(corpus: Path, out_dir: Path) -> Cost:
     sizes = [(out_dir / name).stat().st_size for name in ("corpus.tokens", "ngrams.counts")]
     with open(log, "w") as stderr:
         # Step 2: the second start. The line of the last step comes at once.
-        run = Run(corpus, out_dir, stderr, "--overwrite", "--steps", "1", "--set", "grow=false")
-        second_start = run.wait_for(lambda: "100%, " in log.read_text())
-        run.process.kill()
-        run.process.wait()
+        again = Run(corpus, out_dir, stderr, "--overwrite", "--steps", "1", "--set", "grow=false")
+        second_start = again.wait_for(lambda: "100%, " in log.read_text())
+        again.stop()
     return Cost(
         read.since(started),
         counted.since(read),
         sum(sizes) / 1e6,
         build_memory,
-        training_memory,
+        run.peak,
         (sizes[1] - ENTRIES_BEGIN) // 8,
         int(found[1]) if found else 1,
         message,
         second_start,
-        speed,
+        Duration(n_bytes / trained.seconds, n_bytes / trained.cpu),
     )
 
 
@@ -209,7 +204,7 @@ def print_costs(texts: dict[int, Path], folder: Path) -> None:
             f"({cost.speed.cpu:,.0f}, {cost.speed.cpu / first_speed:.0%}) |",
             flush=True,
         )
-        messages.append(f"{megabytes:,} MB: {cost.message}")
+        messages.append(f"{megabytes:,} MB: {cost.message or 'all contexts fit'}")
     print("\n".join(messages))
 
 
