@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, Run, set_flags
+from conftest import SMALL, TEXT, Run, set_flags
 
 from hrm_esp import cli
 from hrm_esp.training.clock import MAX_GAP, RunningClock
@@ -104,6 +104,26 @@ def test_one_run_per_folder(folder: Path, run: Run) -> None:
 def test_a_folder_without_a_run_is_not_left(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     assert run("pretrain", "empty.txt").returncode == 2 and not (tmp_path / "checkpoints").exists()
+
+
+def test_counting_is_announced_and_interrupted(folder: Path) -> None:
+    """The same command begins to count again, with the text that it has read."""
+    (folder / "corpus.txt").write_text("\n".join([TEXT] * (12 * 10**6 // len(TEXT.encode()))))
+    files = folder / "checkpoints"
+    read_at = set()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with subprocess.Popen(
+            [*REAL, *SHORT], cwd=folder, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            assert "counting n-grams of 11 MB\n" in iter(process.stderr.readline, "")
+            process.send_signal(number)
+            *_, line = process.stderr.read().splitlines()
+        assert process.returncode == 130
+        assert line.startswith("interrupted while counting n-grams: nothing was trained; run")
+        assert [path.name for path in files.iterdir()] == ["corpus.tokens"]
+        read_at.add((files / "corpus.tokens").stat().st_mtime_ns)
+    assert len(read_at) == 1
 
 
 @pytest.mark.parametrize("val", [0.05, 0])

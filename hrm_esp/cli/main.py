@@ -42,6 +42,8 @@ def run_command(argv: Sequence[str]) -> int:
             print(file=STDERR)
             if isinstance(error, Interrupted):
                 print(f"saved: continue with {resume_command(argv)}", file=STDERR)
+            elif str(error):  # says what was interrupted
+                print(error, file=STDERR)
         return 130
     except BrokenPipeError:  # the reader of stdout is gone, as in `hrm-esp generate | head`
         discard_output(sys.stdout)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..console import print0
 from ..data.stream import ByteStream
 from ..files import mmap_cached
 from ..tokenizer import BOS, EOS, PAD, inputs_to_targets
@@ -39,6 +40,7 @@ from .hashing import WORD_ORDERS, order_lengths
 TABLE_ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 TABLE_VERSION = 3  # of the entries that a text becomes: changing it counts again
 BYTES_PER_ENTRY = 8
+ANNOUNCED_BYTES = 10**7  # of a stream from which a line says that it is counted: it takes a while
 
 
 def is_valid_table(entries: Tensor) -> bool:
@@ -126,6 +128,8 @@ class NgramTable(nn.Module):
         max_entries = max_bytes // BYTES_PER_ENTRY
 
         def count() -> tuple[Entries, int]:
+            if len(stream) >= ANNOUNCED_BYTES:
+                print0(f"counting n-grams of {len(stream) / 1e6:,.0f} MB")
             start = None if earlier is None else earlier.load()
             return count_ngrams(stream, self.orders, max_entries, progress, start)
 

@@ -32,6 +32,7 @@ from .memory import check_memory, total_memory
 from .metrics_log import describe_run
 from .run_folder import open_run
 from .schedule import choose_batch_size
+from .signals import interruptible
 from .trainer import Trainer, TrainResult
 
 VAL_BYTES = 16_384  # of the held-out text, scored at a validation, at most
@@ -64,6 +65,7 @@ def train_lm(
     Raises:
         HRMError: bad data or options, a folder that holds a run, or what `Trainer.run` raises.
         Interrupted: Ctrl-C or SIGTERM, after saving.
+        KeyboardInterrupt: Ctrl-C or SIGTERM before training; the message says so.
     """
     options = options or PretrainConfig()
     device = device or choose_device()
@@ -81,7 +83,7 @@ def train_lm(
     with open_run(options, "pretrain") as resumed:
         # Step 1: read the corpus and hold out a part of it.
         start = read_start(options, resumed)
-        with local_rank_zero_first():
+        with local_rank_zero_first(), interruptible("reading the corpus"):
             stream, held_out = load_corpus(corpus, val, options, start)
         # Step 2: build the model and count the n-grams.
         config = model_config(config, options, start)
@@ -94,7 +96,7 @@ def train_lm(
             start.score_before(model, held_out, final_eval)
         if model.executor.ngrams is not None:
             earlier = None if start is None else start.earlier_counts()
-            with local_rank_zero_first():
+            with local_rank_zero_first(), interruptible("counting n-grams"):
                 build_table(model.executor.ngrams.table, stream, options, earlier)
         model.to(device)
         # Step 3: report what was read.
