@@ -295,8 +295,13 @@ class GroupedPositions:
         self.index = torch.arange(n, device=keys.device).expand_as(keys)
         is_first = F.pad(sorted_keys[..., 1:] != sorted_keys[..., :-1], (1, 0), value=True)
         self.begin = torch.where(is_first, self.index, 0).cummax(-1).values
-        is_last = F.pad(is_first[..., 1:], (0, 1), value=True)
-        self.end = torch.where(is_last, self.index + 1, n).flip(-1).cummin(-1).values.flip(-1)
+        self.is_last = F.pad(is_first[..., 1:], (0, 1), value=True)
+
+    @cached_property
+    def end(self) -> Tensor:
+        """Where each group ends in sorted order, (B, N, T)."""
+        end = torch.where(self.is_last, self.index + 1, self.index.shape[-1])
+        return end.flip(-1).cummin(-1).values.flip(-1)
 
     def by_position(self, values: Tensor) -> Tensor:
         """Returns values (B, N, T) in sorted order in the order of the positions."""
