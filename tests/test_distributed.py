@@ -32,8 +32,8 @@ from pathlib import Path
 from hrm_esp import cli
 from hrm_esp.training import Trainer
 steps, train_step, finish = [], Trainer.train_step, Trainer.finish
-def recorded_step(trainer, batches):
-    step = train_step(trainer, batches)
+def recorded_step(trainer, *batches):
+    step = train_step(trainer, *batches)
     steps.append((step.nll / max(1, step.n_logged), step.grad_norm))
     return step
 def recorded_finish(trainer, log):

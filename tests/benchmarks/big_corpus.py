@@ -218,12 +218,14 @@ def run_pass(argv: list[str]) -> int:
     train_step, run = Trainer.train_step, Trainer.run
     n_steps = 0
 
-    def train_some_steps(trainer: Trainer, batches: list[Batch]) -> StepStats:
+    def train_some_steps(
+        trainer: Trainer, batches: list[Batch], next_batches: list[Batch] | None = None
+    ) -> StepStats:
         nonlocal n_steps
         if n_steps > trainer.progress() * N_STEPS:
             return StepStats(sum(b.n_targets for b in batches), 0.0, 0, 0.0, 0.0, None)
         n_steps += 1
-        return train_step(trainer, batches)
+        return train_step(trainer, batches, next_batches)
 
     def run_and_measure(trainer: Trainer) -> None:
         run(trainer)
