@@ -38,8 +38,7 @@ MAX_COUNT = 10**9
 MAX_STEPS = 10**12
 MAX_MINUTES = 10**7
 # Sizes of batches: windows, and pairs in units of max_len. On a GPU larger ones take hardly longer.
-CPU_BATCH, GPU_BATCH = 8, 64
-WIDE, WIDE_GPU_BATCH = 512, 32
+CPU_BATCH, GPU_BATCH, WIDE_GPU_BATCH, WIDE = 8, 64, 32, 512  # WIDE: a d_model
 CPU_PAIRS, GPU_PAIRS = 2, 8
 
 SIZES: dict[str, dict[str, int]] = {
@@ -148,7 +147,7 @@ class TrainConfig:
     batch_size: int | None = option(
         None,
         "training",
-        f"windows of max_len bytes per step and process (default: {CPU_BATCH}; on a GPU "
+        f"windows of max_len bytes per step and process (default: {CPU_BATCH}; with CUDA "
         f"{GPU_BATCH}, or {WIDE_GPU_BATCH} with a d_model of {WIDE} or more)", low=1,
         high=MAX_BATCH, type=int,
     )  # fmt: skip
@@ -207,7 +206,7 @@ class TrainConfig:
         choices=PRECISIONS,
     )
     compile: bool = option(
-        False, "training", "compile the blocks with torch.compile: slow start", flag=False
+        False, "training", "torch.compile the blocks, for plain text: slow start", flag=False
     )
     val_fraction: float | None = option(
         None,
@@ -305,7 +304,7 @@ class FinetuneConfig(TrainConfig):
         None,
         "training",
         "size of a batch of pairs per process, in units of max_len bytes (default: "
-        f"{CPU_PAIRS}; on a GPU {GPU_PAIRS})", low=1, high=MAX_BATCH, type=int,
+        f"{CPU_PAIRS}; with CUDA {GPU_PAIRS})", low=1, high=MAX_BATCH, type=int,
     )  # fmt: skip
     dropout: float = option(0.2, "model", "dropout rate", low=0, below=1)
     context: str = option(

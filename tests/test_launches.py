@@ -10,14 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
-# Kernels that a step of `tiny` starts, and waits of the host. What saves some lowers these numbers.
-MAX_LAUNCHES = {"text": 1120, "corrupted text": 1400, "pairs": 1400}
+# Kernels that a step of `tiny` starts, and waits of the host. What saves some lowers these numbers:
+# they are about 5% above what is counted, because versions of PyTorch differ.
+MAX_LAUNCHES = {"text": 1165, "corrupted text": 1450, "pairs": 1450}
 MAX_WAITS = 3
+CAN_BUILD = sys.platform == "linux" and shutil.which("g++") and torch.version.cuda is None
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the device is built with g++")
+@pytest.mark.skipif(not CAN_BUILD, reason="the device is built with g++, for PyTorch's CPU build")
 def test_a_step_starts_few_kernels_and_hardly_waits() -> None:
     """Nor does it mix devices or dtypes: that would fail."""
     result = subprocess.run(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hrm_esp.cli import main
 from hrm_esp.config import FinetuneConfig, HRMConfig, PretrainConfig, TrainConfig
-from hrm_esp.data import LMDataset, Pair, TSVDataset
+from hrm_esp.data import Batch, LMDataset, Pair, TSVDataset
 from hrm_esp.errors import HRMError, Interrupted, PeerLost
 from hrm_esp.evaluation import PairScore, evaluate, perplexity
 from hrm_esp.model import HRMModel, LossTerms
@@ -22,6 +22,7 @@ from hrm_esp.training import Trainer, metrics_log, optim, train_ft, train_lm, tr
 from hrm_esp.training.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from hrm_esp.training.early_stopping import Score, is_worse
 from hrm_esp.training.finetune import model_to_finetune, reinitialize_blocks
+from hrm_esp.training.loader import LoadedBatch, Loader
 from hrm_esp.training.loss import code_balance_loss, sinkhorn_assignment
 from hrm_esp.training.optim import build_optimizers
 from hrm_esp.training.schedule import learning_rate
@@ -103,17 +104,58 @@ def test_resumed_equals_uninterrupted(
     assert same(weights(whole.best), weights(part.best))
 
 
+@pytest.mark.parametrize(
+    "length, grad_accum", [({"epochs": 3, "patience": 0}, 1), ({"steps": 20}, 2)]
+)
 def test_loading_a_step_ahead_changes_nothing(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    length: dict[str, object],
+    grad_accum: int,
 ) -> None:
-    """As on a GPU: several epochs, and no step more than asked for."""
-    keywords = {"epochs": 3, "grow": False, "patience": 0}
+    """As with CUDA: nor does it if the run is resumed, and no batch is loaded in vain."""
+    keywords = {**length, "batch_size": 4, "grad_accum": grad_accum}
     plain = train_lm(corpus, CONFIG, options(tmp_path / "plain", **keywords))
-    drawn = trainer.with_next
-    monkeypatch.setattr(trainer, "with_next", lambda items, is_ahead: drawn(items, True))
-    ahead = train_lm(corpus, CONFIG, options(tmp_path / "ahead", **keywords))
+    new_loader, load, loaded = Loader.__init__, Loader._load, []
+
+    def loads_ahead(self: Loader, model: HRMModel) -> None:
+        new_loader(self, model)
+        self.is_ahead = True
+
+    def load_and_record(self: Loader, batch: Batch) -> LoadedBatch:
+        loaded.append(self)
+        return load(self, batch)
+
+    monkeypatch.setattr(Loader, "__init__", loads_ahead)
+    monkeypatch.setattr(Loader, "_load", load_and_record)
+    signals = chain([False] * 13, repeat(True))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "stop_signals", lambda: _Yielding(lambda: next(signals)))
+        with pytest.raises(Interrupted):
+            train_lm(corpus, CONFIG, options(tmp_path / "ahead", **keywords))
+    assert loaded[-1].started is not None  # the first batch of the step after the last
+    ahead = train_lm(corpus, CONFIG, options(tmp_path / "ahead", resume=True, **keywords))
+    assert loaded[-1].started is None
     assert (ahead.steps, ahead.bytes_seen) == (plain.steps, plain.bytes_seen)
     assert same(weights(ahead.last), weights(plain.last))
+    assert len(loaded) == plain.steps * grad_accum + 1  # one of them in vain
+
+
+def test_training_on_the_cpu_asks_no_gpu(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entering a CUDA stream, even none, asks MPS and CUDA for their devices."""
+    monkeypatch.setattr(torch.cuda, "stream", None)
+    train_lm(corpus, CONFIG, options(tmp_path / "run", steps=2))
+
+
+def test_a_resumed_run_keeps_the_size_of_its_batches(corpus: Path, tmp_path: Path) -> None:
+    """By default it follows from the device, and a run may go on on another one."""
+    train_lm(corpus, CONFIG, options(tmp_path, steps=4, batch_size=3))
+    train_lm(corpus, CONFIG, options(tmp_path, steps=4, batch_size=None, resume=True))
+    with pytest.raises(HRMError, match="--batch_size changed"):
+        train_lm(corpus, CONFIG, options(tmp_path, steps=4, batch_size=5, resume=True))
 
 
 def test_the_log_has_each_step_once(

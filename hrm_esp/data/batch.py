@@ -75,8 +75,8 @@ class Batch(NamedTuple):
         return batch._replace(is_padded=is_padded)
 
     def pin_memory(self) -> Batch:
-        """Copies the tensors to pinned memory, from which a GPU copies without the host."""
-        return self._map(Tensor.pin_memory)
+        """Copies what is on the CPU to pinned memory, from which a GPU copies without the host."""
+        return self._map(lambda x: x.pin_memory() if x.device.type == "cpu" else x)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(*(function(x) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]

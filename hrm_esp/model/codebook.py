@@ -70,7 +70,8 @@ class Codebook(nn.Module):
         """Adds the pooled states of a training step, (B, D) each, and drops the oldest."""
         rows = torch.cat(list(pooled))[-QUEUE_LEN:]
         is_finite = rows.isfinite().all(1, keepdim=True)
-        rows = torch.where(is_finite, rows, self.pooled_queue[: len(rows)])  # else an old one
+        finite = torch.where(is_finite, rows, 0)
+        rows = torch.where(is_finite, rows, finite.sum(0) / is_finite.sum().clamp(min=1))
         queue = torch.cat((self.pooled_queue, rows))[-QUEUE_LEN:]
         first = rows.repeat(-(-QUEUE_LEN // len(rows)), 1)[-QUEUE_LEN:]  # they fill the queue
         self.pooled_queue.copy_(torch.where(self.pooled_queue.any(), queue, first))

@@ -37,7 +37,9 @@ class ContextHasher:
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
         self.position = torch.arange(ids.shape[1], device=ids.device)
-        self.powers, self.inverse_powers = factor_powers(ids.shape[1], ids.device)
+        n = ids.shape[1]
+        capacity = 1 << n.bit_length()  # few sizes, so that they are kept
+        self.powers, self.inverse_powers = (p[:n] for p in factor_powers(capacity, ids.device))
         # Where the document begins, at each position; at a PAD, the position after it.
         begin = torch.where(ids == PAD, self.position + 1, 0)
         begin = torch.where(ids == BOS, self.position, begin)
@@ -89,7 +91,7 @@ class ContextHasher:
 def factor_powers(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the powers 0 to n - 1 of HASH_FACTOR and of its inverse modulo 2^64, (n,) int64."""
     factors = signed(HASH_FACTOR), signed(pow(HASH_FACTOR, -1, 2**64))
-    powers = [np.full(n, factor).cumprod() for factor in factors]
+    powers = [np.full(n, factor, np.int64).cumprod() for factor in factors]
     first, second = (torch.from_numpy(np.append(1, p)[:n]).to(device) for p in powers)
     return first, second
 

@@ -105,7 +105,8 @@ def interpolation_weights(context_count: Array, gate_logits: Array) -> tuple[Arr
     remaining: Array
     # remaining[n] = (1 - g_N) (1 - g_{N-1}) ... of the n longest contexts
     if isinstance(gates, Tensor):  # a product's gradient would divide by its factors
-        log_closed = F.pad(flip(F.logsigmoid(-gate_logits) * is_known), (1, 0))
+        log_closed = torch.where(is_known, F.logsigmoid(-gate_logits), 0)
+        log_closed = F.pad(flip(log_closed), (1, 0))
         remaining = log_closed.cumsum(-1).exp()
     else:
         closed = np.concatenate((np.ones_like(gates[:, :1]), flip(1 - gates)), -1)
@@ -308,20 +309,20 @@ class NgramMixture(nn.Module):
         base_probs: Tensor | float,
         gate_logits: Tensor,
         found: Continuations,
-        continuation_count: Tensor,
+        target_count: Tensor,
     ) -> Tensor:
         """Computes the mixture's probability of each target.
 
         Args:
             base_probs: p_0 of each target, (P,).
             gate_logits: logits of the gates, (P, N).
-            found, continuation_count: see `lookup`.
+            found, target_count: see `WindowCounts`.
 
         Returns:
             (P,).
         """
         base_weight, order_weights = interpolation_weights(found.context_count, gate_logits)
-        frequency = continuation_count / found.context_count.clamp(min=1)
+        frequency = target_count / found.context_count.clamp(min=1)
         return base_probs * base_weight + (order_weights * frequency).sum(-1)
 
     @torch.no_grad()

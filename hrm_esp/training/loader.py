@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,27 +27,31 @@ def step_batches(
     options: TrainConfig,
     model: HRMModel,
     state: RunState,
-    progress: Callable[[], float],
+    progress: Callable[[RunState], float],
 ) -> Iterator[StepBatches]:
     """Yields for each step, until the run is over, how many items of the epoch are done after it,
     and this process's part of its micro-batches.
 
     Args:
-        state: where the run stands at first.
-        progress: fraction of the run that is done. The size of a batch follows from it when the
-            batch is drawn.
+        state: where the run stands.
+        progress: fraction of the run that is done at a state; the size of a batch follows from it.
+            It is asked about the state before the step, even if that is still to come.
     """
     n, shard = world_size(), Shard(rank(), world_size())
-    epoch, item = state.epoch, state.item
+    step, epoch, item = state.step, state.epoch, state.item
+
+    def fraction() -> float:
+        return progress(replace(state, step=step, epoch=epoch, item=item))
 
     def size() -> tuple[int, int]:
-        return batch_shape(options, model.config.max_len, progress(), n, model.device)
+        return batch_shape(options, model.config.max_len, fraction(), n, model.device)
 
-    while progress() < 1:
+    while fraction() < 1:
         batches = data.batches(size, options.seed, epoch, item, shard)
         while group := list(itertools.islice(batches, options.grad_accum)):
-            yield group[-1][0], [batch for _, batch in group]
-            if progress() >= 1:
+            step, item = step + 1, group[-1][0]
+            yield item, [batch for _, batch in group]
+            if fraction() >= 1:
                 return
         epoch, item = epoch + 1, 0
 
@@ -62,34 +68,49 @@ class LoadedBatch(NamedTuple):
 class Loader:
     """Moves batches to the model's device and looks up their contexts.
 
-    On a GPU this has a stream of its own: the batches of the next step are loaded while the kernels
-    of a step run, and what the host waits for is not the step.
+    On CUDA this has a stream of its own and is one batch ahead: a batch is loaded while the kernels
+    of the one before run, and what the host waits for is not those.
     """
 
     def __init__(self, model: HRMModel) -> None:
         self.model, self.device = model, model.device
-        is_cuda = self.device.type == "cuda"
+        self.is_ahead = self.device.type == "cuda"
         # A high priority: a lookup is many small kernels, one waiting for the other.
-        self.stream = torch.cuda.Stream(self.device, priority=-1) if is_cuda else None
-        self.next: tuple[list[Batch], list[LoadedBatch]] | None = None
+        self.stream = torch.cuda.Stream(self.device, priority=-1) if self.is_ahead else None
+        self.started: tuple[Batch, LoadedBatch] | None = None
 
-    def load(self, batches: list[Batch]) -> list[LoadedBatch]:
-        """Loads the batches of a step, if they have not been loaded yet."""
-        if self.next is None or self.next[0] is not batches:
-            self.start(batches)
-        assert self.next is not None
-        (_, loaded), self.next = self.next, None
+    def load(
+        self, batches: list[Batch], next_batches: list[Batch] | None = None
+    ) -> Iterator[LoadedBatch]:
+        """Yields the batches of a step.
+
+        Args:
+            next_batches: of the next step. The first of them is loaded once all work of this step
+                on the batches is queued.
+        """
+        upcoming = [*batches, *(next_batches or [])[:1]]
+        for i, batch in enumerate(batches):
+            yield self._finish(batch)
+            if self.is_ahead and i + 1 < len(upcoming):
+                self._start(upcoming[i + 1])
+
+    def _start(self, batch: Batch) -> None:
+        stream = self.stream
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            self.started = batch, self._load(batch)
+
+    def _finish(self, batch: Batch) -> LoadedBatch:
+        """Loads a batch, unless that was started, and makes the current stream wait for it."""
+        if self.started is None or self.started[0] is not batch:
+            self._start(batch)
+        assert self.started is not None
+        (_, loaded), self.started = self.started, None
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)
             for tensor in tensors_of(loaded):  # so that their memory is not used again too soon
                 tensor.record_stream(current)
         return loaded
-
-    def start(self, batches: list[Batch]) -> None:
-        """Starts to load the batches of a step."""
-        with torch.cuda.stream(self.stream):  # does nothing without one
-            self.next = batches, [self._load(batch) for batch in batches]
 
     def _load(self, batch: Batch) -> LoadedBatch:
         n_targets = batch.n_targets

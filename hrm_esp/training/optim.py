@@ -55,7 +55,8 @@ class Muon(torch.optim.Muon):
             for indices in same_shape.values():
                 chosen, of_shape = [params[i] for i in indices], [updates[i] for i in indices]
                 x = torch.stack(of_shape) if len(indices) > 1 else of_shape[0]
-                x = orthogonalize(x).to(chosen[0].dtype)
+                # Contiguous, as the weights are: otherwise they would be added one by one.
+                x = orthogonalize(x).to(chosen[0].dtype).contiguous()
                 scale = 0.2 * max(chosen[0].shape) ** 0.5
                 torch._foreach_add_(
                     chosen, list(x) if len(indices) > 1 else [x], alpha=-group["lr"] * scale

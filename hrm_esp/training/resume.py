@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import AdamW, Optimizer
 
-from ..config import TrainConfig
+from ..config import MAX_BATCH, TrainConfig
 from ..errors import HRMError
 from ..model import HRMModel
 from ..options import check_bounds, check_fields, describe, flag_name
-from .checkpoint import COUNT
+from .checkpoint import COUNT, Checkpoint
 from .optim import Muon
 from .state import RunState
 from .weights import check_tensor, only_counts
@@ -49,6 +49,16 @@ def changed_options(options: TrainConfig, old: dict[str, Any], new: dict[str, An
         for name, value in new.items()
         if old.get(name) != value
     ]
+
+
+def saved_batch_size(options: TrainConfig, resumed: Checkpoint | None) -> int | None:
+    """Returns the batch size of a run to resume, unless the options name one: by default it follows
+    from the device, which may be another one now."""
+    if resumed is None or options.batch_size is not None or not isinstance(resumed.training, dict):
+        return None
+    fingerprint = resumed.training.get("fingerprint")
+    size = fingerprint.get("batch_size") if isinstance(fingerprint, dict) else None
+    return size if type(size) is int and 0 < size <= MAX_BATCH else None
 
 
 @contextmanager

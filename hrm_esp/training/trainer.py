@@ -51,6 +51,7 @@ from .resume import (
     load_fingerprint,
     load_training,
     resume_fingerprint,
+    saved_batch_size,
     usable_state,
 )
 from .run_folder import RunFolder
@@ -105,7 +106,8 @@ class Trainer:
         validate: Validate | None = None,
         resumed: Checkpoint | None = None,
     ) -> None:
-        batch_size = choose_batch_size(options, model.config, model.device)
+        batch_size = saved_batch_size(options, resumed)
+        batch_size = batch_size or choose_batch_size(options, model.config, model.device)
         self.options = options = replace(options, batch_size=batch_size)
         self.model, self.data, self.stage, self.loader = model, data, stage, Loader(model)
         model.stage = stage
@@ -161,10 +163,9 @@ class Trainer:
             self.open_meter() as meter,
         ):
             try:
-                is_gpu = self.device.type == "cuda"
-                for (n_done, batches), following in with_next(self.batches(), is_gpu):
+                for (n_done, batches), ahead in with_next(self.batches(), self.loader.is_ahead):
                     adapt_threads()
-                    step = self.train_step(batches, None if following is None else following[1])
+                    step = self.train_step(batches, None if ahead is None else ahead[1])
                     state.advance(step, n_done, len(self.data), clock.seconds())
                     if meter is not None:  # in the first process
                         meter.update(step)
@@ -222,7 +223,8 @@ class Trainer:
         sizes = BatchSizes(*all_reduce_sum(*BatchSizes.of(batches)))
         n_logged, counts = 0, None
         losses, pooled = [], []
-        for i, (batch, window_counts, n_targets) in enumerate(self.loader.load(batches)):
+        loaded = self.loader.load(batches, next_batches)
+        for i, (batch, window_counts, n_targets) in enumerate(loaded):
             is_last = i == len(batches) - 1
             with detect_lost_peers(), nullcontext() if is_last else no_sync(self.loss):
                 # Windows have few shapes; pairs have many, and compiling would not end.
@@ -241,8 +243,6 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = clip_gradients(self.model, self.options.grad_clip)
-        if next_batches is not None:
-            self.loader.start(next_batches)
         # Step 2: the results, the only ones for which the host waits.
         with detect_lost_peers():
             *nlls, norm = torch.stack([*losses, grad_norm]).tolist()
@@ -278,9 +278,9 @@ class Trainer:
             f"--set precision=fp32; {saved}"
         )
 
-    def progress(self) -> float:
-        """Returns the fraction of the run that is done, 0 to 1."""
-        options, state = self.options, self.state
+    def progress(self, state: RunState | None = None) -> float:
+        """Returns the fraction of the run that is done, 0 to 1; at another state, if given."""
+        options, state = self.options, state or self.state
         if options.minutes is not None:
             done = state.seconds / (60 * options.minutes)
         elif options.steps is not None:
