@@ -143,7 +143,7 @@ REFUSED = {
     "another hyperparameter": (("--ckpt", "old", "--set", "ff_mult=2"), "ff_mult is for a new"),
     "a size": (("--ckpt", "old", "--size", "tiny"), "size is for a new model"),
     "a finetuned checkpoint": (("--ckpt", "finetune_best.pt"), "finetuned"),
-    "a folder without pretraining": (("--ckpt", "tuned"), "no checkpoint in tuned"),
+    "a folder without pretraining": (("--ckpt", "tuned"), "no pretrained checkpoint in tuned"),
     "a saved state": (("--ckpt", "pretrain_state.pt"), "_last.pt"),
     "counts of no checkpoint": (("--set", "counts=new"), "--ckpt"),
     "an old text of no checkpoint": (("--val_old", "old_val.txt"), "--ckpt"),

@@ -69,14 +69,14 @@ def test_a_conversation(terminal: Terminal) -> None:
     first = terminal.say("La niña")
     assert first.startswith("La niña") and len(first) > len("La niña")
     assert terminal.say("La niña") == first
-    assert terminal.say("/temperature 3") == "temperature: 3"
+    assert terminal.say("/temperature 3,0") == "temperature: 3,0"
     again = terminal.say("/again")
     assert again.startswith("La niña") and again != first
     assert terminal.say("/temperature 0") and terminal.say("Él") == terminal.say("Él")
     # Mistakes end nothing.
     assert "is not a number" in terminal.say("/seed x")
     assert "at least 0" in terminal.say("/temperature -1")
-    assert "no such command" in terminal.say("/quit")
+    assert "no such command" in terminal.say("/adios")
     assert "must be from 0 to 7" in (terminal.say("/plan 99") + terminal.say("La"))
     assert terminal.say("/plan 3") == "plan: 3" and terminal.say("La").startswith("La")
     os.write(terminal.fd, b"\n")
@@ -100,6 +100,8 @@ def test_ctrl_c_ends_the_text_but_not_the_session(terminal: Terminal) -> None:
     os.write(terminal.fd, b"\x03")  # at the prompt: another one
     terminal.read_until("\n> ")
     assert "Ctrl-D" in terminal.say("/help")
+    os.write(terminal.fd, b"/quit\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
 
 
 def test_a_line_of_a_pipe_is_answered_before_the_next_comes(trained: Path) -> None:

@@ -67,6 +67,7 @@ TEXTS = {
     "cp1252": case(CURLY.encode("cp1252"), CURLY, "--encoding cp1252"),
     "cp1252, named": case(CURLY.encode("cp1252"), CURLY, encoding="cp1252"),
     "an old mac's": case(SPANISH.encode("mac_roman"), SPANISH, "mac_roman"),
+    "cp1252, only dashes": case("— No se. —Ya.\n".encode("cp1252"), "— No se. —Ya.\n", "cp1252"),
     "dos": case("La niña preguntó.\n".encode("cp850"), "La niña preguntó.\n", "cp850"),
     "a line of latin-1": case(
         (SPANISH * 9).encode() + b"ca\xf1a\n", SPANISH * 9 + "caa\n", "try --encoding latin-1"

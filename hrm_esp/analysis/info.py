@@ -178,5 +178,10 @@ def card(path: PathLike, language: str) -> str:
     path = checkpoint_path(path)
     text = CARDS[language].format_map(vars(read_facts(path)))
     if language == "es":  # 7,706,661 is 7.706.661, and 1.450 is 1,450
-        text = re.sub(r"(?<=[| (])\d[\d,.]*(?= )", lambda m: m[0].translate(SWAPPED), text)
+        parts = text.split("```")  # every second one is code
+        parts[::2] = [
+            re.sub(r"(?<=[| (])\d[\d,.]*(?= )", lambda m: m[0].translate(SWAPPED), part)
+            for part in parts[::2]
+        ]
+        text = "```".join(parts)
     return FRONT_MATTER + text

@@ -27,7 +27,7 @@ HELP = "\n".join(
         f"{'/again':16} another text for the last line (temperature above 0)",
         f"{'/help':16} this list",
         f"{'Ctrl-C':16} ends the text",
-        f"{'Ctrl-D':16} ends the session",
+        f"{'/quit, Ctrl-D':16} ends the session",
     )
 )
 
@@ -38,7 +38,8 @@ def converse(model: HRMModel, config: GenerationConfig) -> None:
         importlib.import_module("readline")
     mode = config.mode_for(model.stage)
     does = "answers each line" if mode == "answer" else "continues each line"
-    print(f"This model {does}; it does not remember the lines before. /help lists commands.")
+    print(f"This model {does}; it does not remember the lines before.")
+    print("/help lists commands; /quit or Ctrl-D ends.")
     last: str | None = None
     while True:
         try:
@@ -52,6 +53,8 @@ def converse(model: HRMModel, config: GenerationConfig) -> None:
         try:
             if line.startswith("/"):
                 name, _, value = line.strip().partition(" ")
+                if name == "/quit":
+                    return
                 if name == "/again":
                     if last is None:
                         raise HRMError("nothing to repeat yet")
@@ -84,7 +87,7 @@ def change(config: GenerationConfig, name: str, value: str) -> GenerationConfig:
         changes["plan_from"] = None
     if value:
         try:
-            changes[field] = kind(value)
+            changes[field] = kind(value.replace(",", "."))  # 0,6 as in Spanish
         except ValueError as error:
             raise HRMError(f"{name}: {value!r} is not a number") from error
     elif field == "plan_code":

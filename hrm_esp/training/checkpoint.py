@@ -196,7 +196,8 @@ def find_checkpoint(folder: PathLike = DEFAULT_DIR, stages: tuple[str, ...] = ST
     names = [Path(folder) / f"{stage}_{kind}.pt" for stage in stages for kind in ("best", "last")]
     found = [p for p in names if p.is_file()]
     if not found:
-        raise HRMError(f"no checkpoint in {folder}: run hrm-esp {stages[0]} first, or give --ckpt")
+        kind = "checkpoint" if len(stages) > 1 else f"{stages[0].removesuffix('e')}ed checkpoint"
+        raise HRMError(f"no {kind} in {folder}: run hrm-esp {stages[0]} first, or give --ckpt")
     newest = max(found, key=lambda p: p.stat().st_mtime_ns).name.partition("_")[0]
     return next(p for p in found if p.name.startswith(newest))
 
