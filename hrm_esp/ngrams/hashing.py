@@ -35,9 +35,8 @@ class ContextHasher:
     """Hashes the contexts at each of ids (B, T). PAD is no token."""
 
     def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-        self.position = torch.arange(ids.shape[1], device=ids.device)
-        n = ids.shape[1]
+        self.ids, n = ids, ids.shape[1]
+        self.position = torch.arange(n, device=ids.device)
         capacity = 1 << n.bit_length()  # few sizes, so that they are kept
         self.powers, self.inverse_powers = (p[:n] for p in factor_powers(capacity, ids.device))
         # Where the document begins, at each position; at a PAD, the position after it.

@@ -231,7 +231,7 @@ class Trainer:
                 is_eager = self.options.compile and batch.cross_attends is not None
                 with autocast(self.device, self.dtype), run_eagerly(is_eager):
                     total, terms = self.loss(batch, sizes, window_counts)
-                # DistributedDataParallel averages gradients; their sum is wanted.
+                # DistributedDataParallel averages gradients; the total needs their sum.
                 self.scaler.scale(total * world_size()).backward()
             if self.stage == "finetune" or batch.cross_attends is None:
                 losses.append(terms.mixture.detach().sum())
@@ -243,7 +243,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = clip_gradients(self.model, self.options.grad_clip)
-        # Step 2: the results, the only ones for which the host waits.
+        # Step 2: the results. Here the host waits until the step is computed.
         with detect_lost_peers():
             *nlls, norm = torch.stack([*losses, grad_norm]).tolist()
         nll, logged = all_reduce_sum(sum(nlls), n_logged)
