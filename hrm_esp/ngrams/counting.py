@@ -34,14 +34,17 @@ BLOCK_BYTES = 2**27  # that are counted at once
 CHUNK_BYTES = 2**18  # that are hashed at once
 PRECEDING_BYTES = 512  # hashed with a chunk: a word before it that begins earlier is cut
 PART_KEYS = 2**22  # sorted keys that are counted at once
-SET_BITS = 27  # of a hash that a `HashSet` looks at
+MAX_SET_SLOTS = 2**27  # of a `HashSet`
+SLOTS_PER_KEY = 64
 
 
 class HashSet:
-    """A set of contexts that knows ``SET_BITS`` of their hashes: it has a few too many."""
+    """A set of at most ``n_keys`` contexts. It knows some bits of their hashes, so it has a few
+    contexts too many."""
 
-    def __init__(self) -> None:
-        self.has = np.zeros(2**SET_BITS, np.bool_)
+    def __init__(self, n_keys: int) -> None:
+        self.n_bits = (min(SLOTS_PER_KEY * n_keys, MAX_SET_SLOTS) - 1).bit_length()
+        self.has = np.zeros(2**self.n_bits, np.bool_)
 
     def add(self, keys: NDArray[np.int64]) -> None:
         self.has[self._index(keys)] = True
@@ -51,7 +54,7 @@ class HashSet:
 
     def _index(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         mixed = (keys & CONTEXT_MASK) * np.int64(signed(WORD_FACTOR))
-        return mixed >> (64 - SET_BITS) & (2**SET_BITS - 1)
+        return mixed >> (64 - self.n_bits) & (2**self.n_bits - 1)
 
 
 def count_ngrams(
@@ -114,7 +117,7 @@ def count_block(
             keys = keys[:n]
             keys.sort()
             # Step 2: count equal ones, and find out which contexts are frequent.
-            frequent, parts = HashSet(), split_keys(keys)
+            frequent, parts = HashSet(end - begin), split_keys(keys)
             while group := [*islice(parts, n_threads)]:
                 for table, contexts in pool.map(partial(count_keys, min_count), group):
                     tables.append(table)
