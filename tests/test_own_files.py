@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL, TEXT, Run
 
 from hrm_esp.data import PairColumns, dataset_tsv, load_stream, read_table, write_table
@@ -382,6 +383,17 @@ def test_prompts_of_a_table(
     assert said or "warning" not in shown
 
 
+def test_held_out_pairs_have_the_columns_of_the_training_pairs(tmp_path: Path) -> None:
+    from hrm_esp import FinetuneConfig
+    from hrm_esp.training.finetune import load_pairs
+
+    (tmp_path / "a.csv").write_text("nº;frase;corrección\n1;ola;hola\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("frase;curso;corrección\nbaca;1;vaca\n", encoding="utf-8")
+    data, held_out = load_pairs(tmp_path / "a.csv", tmp_path / "b.csv", 32, FinetuneConfig())
+    assert [(p.prompt, p.target) for p in held_out] == [(b"baca", b"vaca")]
+    assert data.columns == ("frase", "corrección", 3)
+
+
 def test_a_list_of_excel_gets_its_answers_in_a_column_of_excel(
     trained: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -395,6 +407,48 @@ def test_a_list_of_excel_gets_its_answers_in_a_column_of_excel(
         text = (tmp_path / f"out_{name}").read_text("utf-8-sig")
         rows = list(csv.reader(io.StringIO(text), delimiter=separator))
         assert [row[0] for row in rows] == PHRASES and all(len(row) == 2 for row in rows)
+
+
+def test_a_finetuned_model_knows_its_columns(trained: Path, run: Run, tmp_path: Path) -> None:
+    rows = [("nº", "alumno", "frase", "corrección")]
+    rows += [(str(i + 1), "Ana", f"abion {i}", f"avión {i}") for i in range(9)]
+    (tmp_path / "t.csv").write_bytes(csv_bytes(rows))  # type: ignore[arg-type]
+    (tmp_path / "list.csv").write_text("alumno;frase\nAna;ola\n", encoding="utf-8")
+    start = trained / "checkpoints" / "pretrain_best.pt"
+    args = ("finetune", "t.csv", "--ckpt", start, "--steps", "2")
+    out = run(*args)
+    assert out.returncode == 2 and not (tmp_path / "checkpoints").exists()
+    assert out.stderr.splitlines()[-1].endswith(
+        "t.csv: which columns are prompt and target? It has nº (1), alumno (Ana), frase (abion 0), "
+        "corrección (avión 0): give --prompt_col and --target_col, a name or a number"
+    )
+    columns = ("--prompt_col", "frase", "--target_col", "corrección")
+    assert run(*args, *columns).returncode == 0
+    assert "\ncolumns     prompt: frase; target: corrección\n" in run("info").stdout
+    understood = "prompt: frase; target: corrección; not read: nº, alumno"
+    for command in (("evaluate", "t.csv"), ("evaluate", "t.csv", "--by", "word")):
+        out = run(*command)
+        assert out.returncode == 0 and understood in out.stderr
+        assert out.stdout == run(*command, *columns).stdout
+    out = run("generate", "--prompts", "list.csv", "--json", "--max_new_tokens", "1")
+    assert json.loads(out.stdout)["prompt"] == "ola" and "warning" not in out.stderr
+    out = run("generate", "--prompts", "list.csv", "--json", "--max_new_tokens", "1",
+              "--prompt_col", "alumno")  # fmt: skip
+    assert json.loads(out.stdout)["prompt"] == "Ana"
+    assert (
+        "prompt: alumno; target: frase"
+        in run("evaluate", "t.csv", "--prompt_col", "alumno", "--target_col", "frase").stderr
+    )
+    out = run(*args, *columns, "--resume")
+    assert out.returncode == 0, out.stderr
+    assert "columns     prompt: frase" in run("info").stdout
+    content = torch.load(tmp_path / "checkpoints" / "finetune_best.pt", weights_only=True)
+    for name in ("prompt_col", "target_col", "n_columns"):
+        del content["origin"]["finetune"][name]
+    torch.save(content, tmp_path / "old.pt")
+    assert "columns" not in run("info", "old.pt").stdout
+    out = run("evaluate", "t.csv", "--ckpt", "old.pt")
+    assert out.returncode == 2 and "which columns" in out.stderr
 
 
 def test_the_same_pairs_in_any_form_are_the_same_batches(tmp_path: Path) -> None:
