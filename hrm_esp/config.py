@@ -20,11 +20,11 @@ SEP_HELP = (
     "the file"
 )
 PROMPT_COL_HELP = (
-    "column of the prompts in a table: name, or number from 1 (default: found by its name, else "
-    "the first)"
+    "column of the prompts in a table: name, or number from 1 (default: found by its name, or "
+    "the first of two)"
 )
 TARGET_COL_HELP = (
-    "column of the targets: name, or number from 1 (default: found by its name, else the next)"
+    "column of the targets: name, or number from 1 (default: found by its name, or the next)"
 )
 LM_HELP = "accept rows without a target as plain text, without a warning"
 ENCODING_HELP = "encoding of the text files, such as latin-1, cp1252 or utf-16"

@@ -570,7 +570,7 @@ def test_info_says_what_made_a_checkpoint(trained: Path, run: Run, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "origin", [[], {"x": {}}, {"pretrain": {"data": 3}}, {"pretrain": {"data": "a"}},
-               {"pretrain": {"bytes": "many"}}, {"pretrain": 1}],
+               {"pretrain": {"bytes": "many"}}, {"pretrain": 1}, {"finetune": {"n_columns": "4"}}],
 )  # fmt: skip
 def test_a_checkpoint_with_a_strange_origin_is_refused(
     trained: Path, run: Run, tmp_path: Path, origin: object

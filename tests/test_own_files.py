@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL, TEXT, Run
 
-from hrm_esp.data import dataset_tsv, load_stream, read_table, write_table
+from hrm_esp.data import PairColumns, dataset_tsv, load_stream, read_table, write_table
 from hrm_esp.errors import HRMError
 
 SPANISH = "La niña preguntó: «¿Cuándo volverá papá?»\nEl señor cayó al río.\n"
@@ -175,11 +177,73 @@ TABLES = {
     ),
     "one column, named": case("a\nx, y\n", [("x, y", "")], "one column", prompt_col="a"),
     "a teacher's header": case(
-        "Frase mal escrita;Frase corregida;Curso\nhola;Hola;1\n", [("hola", "Hola")],
-        "not read: Curso",
+        "Frase mal escrita;Frase corregida\nhola;Hola\n", [("hola", "Hola")],
+        "target: Frase corregida",
+    ),
+    "a teacher's header of three": case(
+        "Frase mal escrita;Frase corregida;Curso\nhola;Hola;1\n", None,
+        "which columns are prompt and target? It has Frase mal escrita (hola), Frase corregida "
+        "(Hola), Curso (1): give --prompt_col and --target_col, a name or a number",
+    ),
+    "a column of row numbers": case(
+        "nº;Frase;Corrección\n7;hola;Hola\n7;ola;Hola\n", [("hola", "Hola"), ("ola", "Hola")],
+        "prompt: Frase; target: Corrección; not read: nº",
+    ),
+    "row numbers without a header": case(
+        "1;ola;hola\n2;abion;avión\n", [("ola", "hola"), ("abion", "avión")], "warning: "
+    ),
+    "row numbers of a tsv": case(
+        "1.\tola\thola\n2.\tabion\tavión\n", [("ola", "hola"), ("abion", "avión")],
+        "not read: column 1", "a.tsv",
+    ),
+    "row numbers and names": case(
+        "1;Ana;ola;hola\n2;;abion;avión\n", None, "It has column 1 (1), column 2 (Ana), column 3 "
+        "(ola), column 4 (hola): give --prompt_col and --target_col, a number",
+    ),
+    "row numbers and names in a tsv": case(
+        "1\tAna\tola\thola\n2\tEva\tabion\tavión\n", None, "column 2 (Ana)", "a.tsv",
+    ),
+    "columns of a tsv by number": case(
+        "1\tAna\tola\thola\n2\tEva\tabion\tavión\n", [("ola", "Ana"), ("abion", "Eva")], "tab",
+        "a.tsv", prompt_col="3", target_col="2",
+    ),
+    "numbers that do not count the rows": case(
+        "31;treinta y uno;thirty-one\n78;setenta y ocho;seventy-eight\n", None, "column 1 (31)"
+    ),
+    "two columns, the first counts the rows": case(
+        "1;uno\n2;dos\n", [("1", "uno"), ("2", "dos")], "prompt: column 1"
+    ),
+    "only the prompt is named": case(
+        "nº,alumno,frase,corrección\n1,Ana,ola,hola\n", [("ola", "hola")],
+        "not read: nº, alumno", prompt_col="frase",
+    ),
+    "no column after the prompt": case(
+        "frase,corrección,curso\nola,hola,1\n", None, "which column is the target?",
+        prompt_col="3",
+    ),
+    "a header with a line break": case(
+        '"Frase\nmal escrita";b;c\nola;hola;1\n', [("ola", "hola")], "prompt: Frase mal escrita;",
+        prompt_col="frase mal escrita",
+    ),
+    "one column wanted, the other one of training": case(
+        "a;b;c\nx;y;z\n", [("y", "x")], prompt_col="b", trained=PairColumns("c", "a", 3)
+    ),
+    "columns of training": case(
+        "a;b;c\nx;y;z\n", [("z", "x")], "not read: b", trained=PairColumns("C", "a", 5)
+    ),
+    "known names before numbers of training": case(
+        "x;pregunta;respuesta\na;q;r\n", [("q", "r")], trained=PairColumns("1", "2", 3)
+    ),
+    "a column of answers": case("pregunta;x;answer\nq;1;a\n", [("q", "a")], "not read: x"),
+    "columns that excel left empty": case(
+        "Frase;Corrección;;\nola;hola;;\n", [("ola", "hola")], "target: Corrección"
+    ),
+    "excel-tab with commas": case(
+        '"ola, ana"\thola\n"dijo ""no"""\tsí\n', [("ola, ana", "hola"), ('dijo "no"', "sí")],
+        "tab", "a.tsv",
     ),
     "one known name": case("texto,resumen\nuno,dos\n", [("uno", "dos")], "target: resumen"),
-    "three columns, unknown": case("uno;dos;tres\n", [("uno", "dos")], "warning: "),
+    "three columns, unknown": case("uno;dos;tres\n", None, "column 3 (tres)"),
     "the same column twice": case("a;b\n", None, "the same", prompt_col="1", target_col="1"),
     "instructions": case(
         '{"instruction": "a", "input": "", "output": "b"}\n', [("a", "b")], "not read: input",
@@ -240,7 +304,9 @@ TABLES = {
         "prompt\ttarget\nhola\tuno\nsí\tuno\tdos\n", [("hola", "uno"), ("sí", "uno\tdos")],
         "part of the target: 1", "a.tsv",
     ),
-    "further tabs": case("a\tb\tc\n", [("a", "b\tc")], "further tabs", "a.tsv"),
+    "further tabs": case(
+        "a\tb\nc\td\te\n", [("a", "b"), ("c", "d\te")], "further tabs", "a.tsv"
+    ),
     "empty columns at the end": case("a\tb\t\t\n", [("a", "b")], "tab", "a.tsv"),
     "escaped breaks": case(r"a;uno\ndos", [("a", "uno\ndos")], r"written as \n: 1"),
     "a spreadsheet itself": case(b"PK\3\4", None, "export it as CSV", "a.ods"),
@@ -260,6 +326,129 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], table: Case
     found, shown = read_and_said(tmp_path / (name or "a.csv"), data, read, capsys)
     expected = rows and [tuple(c.replace("\n", "\r").encode() for c in row) for row in rows]
     assert found == expected and said in shown
+
+
+PHRASES = ["Ola, que tal", "Fui al mercado, compré pan, leche y huevos", "Sí, claro", "Bueno"]
+LINES = "".join(line + "\n" for line in PHRASES)
+PROMPTS = {
+    "excel": case("".join(f'"{p}"\n' if "," in p else p + "\n" for p in PHRASES), PHRASES),
+    "spanish excel": case(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode(), PHRASES),
+    "spanish excel, old": case(LINES.encode("cp1252"), PHRASES, "latin-1; prompt: column 1"),
+    "with a header": case("Oraciones\n" + LINES, PHRASES, "prompt: Oraciones"),
+    "with a header of training": case(
+        "Mal escritas\n" + LINES, PHRASES, "prompt: Mal escritas",
+        trained=PairColumns("mal escritas", "bien", 4),
+    ),
+    "a comma in each row": case("Ola, que tal\nSí, claro\n", ["Ola, que tal", "Sí, claro"]),
+    "one row": case("Ola, que tal\n", ["Ola, que tal"]),
+    "semicolons": case("Vine; vi\nFui; volví; vencí\n", ["Vine; vi", "Fui; volví; vencí"]),
+    "columns that excel left empty": case("Frase;\nOla, que tal;\n", ["Ola, que tal"]),
+    "tsv": case(
+        'Frase\n"Ola, que tal"\n"Dijo ""no"""\n', ["Ola, que tal", 'Dijo "no"'], "", "a.tsv"
+    ),
+    "two columns": case("ola, ana;hola\neva, sí;Eva\n", ["ola, ana", "eva, sí"], "semicolon"),
+    "two columns typed by hand": case("frase, corrección\nola, hola\n", ["ola"], "prompt: frase"),
+    "numbered": case("nº;Frase\n1;ola\n2;abion\n", ["ola", "abion"], "prompt: Frase; not read: nº"),
+    "more columns": case("Alumno;Frase;Curso\nAna;ola;1\n", ["Ana"], "warning: "),
+    "columns of training": case(
+        "Alumno;Frase;Curso\nAna;ola;1\n", ["ola"], "a.csv: ",
+        trained=PairColumns("frase", "corrección", 3),
+    ),
+    "numbers of training": case(
+        "1;Ana;ola\n2;Eva;baca\n", ["ola", "baca"], "warning: ", trained=PairColumns("3", "4", 4)
+    ),
+    "numbers of training, one column": case(LINES, PHRASES, trained=PairColumns("1", "2", 2)),
+    "numbers of training and a header": case(
+        "tema;pregunta\nola;q\n", ["q"], trained=PairColumns("1", "2", 2)
+    ),
+    "numbers of training, more columns": case(
+        "1;Ana;ola\n2;Eva;baca\n", ["Ana", "Eva"], "warning: ", trained=PairColumns("1", "2", 2)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+def test_prompts_of_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prompts: Case
+) -> None:
+    data, expected, said, name, options = prompts
+
+    def read(path: Path) -> list[str]:
+        table = read_table(path, prompts_only=True, **options)
+        print(table.describe(), file=sys.stderr)
+        return table.prompts()
+
+    found, shown = read_and_said(tmp_path / (name or "a.csv"), data, read, capsys)
+    assert found == expected and said in shown
+    assert said or "warning" not in shown
+
+
+def test_held_out_pairs_have_the_columns_of_the_training_pairs(tmp_path: Path) -> None:
+    from hrm_esp import FinetuneConfig
+    from hrm_esp.training.finetune import load_pairs
+
+    (tmp_path / "a.csv").write_text("nº;frase;corrección\n1;ola;hola\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("frase;curso;corrección\nbaca;1;vaca\n", encoding="utf-8")
+    data, held_out = load_pairs(tmp_path / "a.csv", tmp_path / "b.csv", 32, FinetuneConfig())
+    assert [(p.prompt, p.target) for p in held_out] == [(b"baca", b"vaca")]
+    assert data.columns == ("frase", "corrección", 3)
+
+
+def test_a_list_of_excel_gets_its_answers_in_a_column_of_excel(
+    trained: Path, run: Run, tmp_path: Path
+) -> None:
+    """Spanish Excel separates columns by semicolons, and opens no others."""
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    (tmp_path / "es.csv").write_bytes(LINES.replace("\n", "\r\n").encode("cp1252"))
+    (tmp_path / "en.csv").write_bytes(csv_bytes([(p,) for p in PHRASES]))  # type: ignore[misc]
+    for name, separator in (("es.csv", ";"), ("en.csv", ",")):
+        out = run("generate", "--prompts", name, "-o", f"out_{name}", "--max_new_tokens", "2")
+        assert out.returncode == 0, out.stderr
+        text = (tmp_path / f"out_{name}").read_text("utf-8-sig")
+        rows = list(csv.reader(io.StringIO(text), delimiter=separator))
+        assert [row[0] for row in rows] == PHRASES and all(len(row) == 2 for row in rows)
+
+
+def test_a_finetuned_model_knows_its_columns(trained: Path, run: Run, tmp_path: Path) -> None:
+    rows = [("nº", "alumno", "frase", "corrección")]
+    rows += [(str(i + 1), "Ana", f"abion {i}", f"avión {i}") for i in range(9)]
+    (tmp_path / "t.csv").write_bytes(csv_bytes(rows))  # type: ignore[arg-type]
+    (tmp_path / "list.csv").write_text("alumno;frase\nAna;ola\n", encoding="utf-8")
+    start = trained / "checkpoints" / "pretrain_best.pt"
+    args = ("finetune", "t.csv", "--ckpt", start, "--steps", "2")
+    out = run(*args)
+    assert out.returncode == 2 and not (tmp_path / "checkpoints").exists()
+    assert out.stderr.splitlines()[-1].endswith(
+        "t.csv: which columns are prompt and target? It has nº (1), alumno (Ana), frase (abion 0), "
+        "corrección (avión 0): give --prompt_col and --target_col, a name or a number"
+    )
+    columns = ("--prompt_col", "frase", "--target_col", "corrección")
+    assert run(*args, *columns).returncode == 0
+    assert "\ncolumns     prompt: frase; target: corrección\n" in run("info").stdout
+    understood = "prompt: frase; target: corrección; not read: nº, alumno"
+    for command in (("evaluate", "t.csv"), ("evaluate", "t.csv", "--by", "word")):
+        out = run(*command)
+        assert out.returncode == 0 and understood in out.stderr
+        assert out.stdout == run(*command, *columns).stdout
+    out = run("generate", "--prompts", "list.csv", "--json", "--max_new_tokens", "1")
+    assert json.loads(out.stdout)["prompt"] == "ola" and "warning" not in out.stderr
+    out = run("generate", "--prompts", "list.csv", "--json", "--max_new_tokens", "1",
+              "--prompt_col", "alumno")  # fmt: skip
+    assert json.loads(out.stdout)["prompt"] == "Ana"
+    assert (
+        "prompt: alumno; target: frase"
+        in run("evaluate", "t.csv", "--prompt_col", "alumno", "--target_col", "frase").stderr
+    )
+    out = run(*args, *columns, "--resume")
+    assert out.returncode == 0, out.stderr
+    assert "columns     prompt: frase" in run("info").stdout
+    content = torch.load(tmp_path / "checkpoints" / "finetune_best.pt", weights_only=True)
+    for name in ("prompt_col", "target_col", "n_columns"):
+        del content["origin"]["finetune"][name]
+    torch.save(content, tmp_path / "old.pt")
+    assert "columns" not in run("info", "old.pt").stdout
+    out = run("evaluate", "t.csv", "--ckpt", "old.pt")
+    assert out.returncode == 2 and "which columns" in out.stderr
 
 
 def test_the_same_pairs_in_any_form_are_the_same_batches(tmp_path: Path) -> None:
@@ -505,7 +694,7 @@ def test_rows_without_a_header_and_json_values_stay_as_they_are(
     for name in ("a.csv", "b.jsonl"):
         out = run("generate", "--prompts", name, "-o", f"out.{name}", "--max_new_tokens", "2")
         assert out.returncode == 0, out.stderr
-    rows = read_table(tmp_path / "out.a.csv")
+    rows = read_table(tmp_path / "out.a.csv", prompts_only=True)
     assert not rows.names and [cells[:2] for cells in rows.cells] == [
         ["gato", "cat"],
         ["perro", "dog"],

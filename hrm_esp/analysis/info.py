@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SIZES, HRMConfig
+from ..data import PairColumns
+from ..data.columns import shorten
 from ..files import PathLike
 from ..model.skeleton import skeleton
 from ..training import checkpoint_path, load_checkpoint
@@ -76,7 +78,8 @@ What it writes resembles the texts that it was trained on, but is no reliable in
 @dataclass
 class Facts:
     """What is known about a checkpoint. ``weights`` and ``counts`` are numbers of weights and of
-    entries in the table of n-gram counts."""
+    entries in the table of n-gram counts. ``columns``: of the table that it was finetuned on; empty
+    if they are not known."""
 
     name: str
     file: str
@@ -85,6 +88,7 @@ class Facts:
     weights: int
     counts: int
     data: str
+    columns: str
     seen: int
     steps: int
     score: str
@@ -112,6 +116,7 @@ def read_facts(path: Path) -> Facts:
         weights=skeleton(checkpoint.config).n_parameters(),
         counts=n_counts,
         data=", ".join(filter(None, map(describe_data, texts))) or UNKNOWN,
+        columns=describe_columns(checkpoint.columns),
         seen=checkpoint.bytes_seen,
         steps=checkpoint.step,
         score=UNKNOWN if checkpoint.val_bpb is None else f"{checkpoint.val_bpb:.3f}",
@@ -140,6 +145,13 @@ def describe_data(origin: dict[str, Any]) -> str:
     )
 
 
+def describe_columns(columns: PairColumns | None) -> str:
+    """Returns the columns of a table by their names or numbers, in words."""
+    if columns is None:
+        return ""
+    return f"prompt: {shorten(columns.prompt)}; target: {shorten(columns.target)}"
+
+
 def describe(path: PathLike) -> Iterator[str]:
     """Yields the lines of `hrm-esp info` about a checkpoint, or the best one in a folder.
 
@@ -153,12 +165,14 @@ def describe(path: PathLike) -> Iterator[str]:
         ("stage", known.stage),
         ("size", f"{known.size}: {known.weights:,} weights, {known.counts:,} n-gram counts"),
         ("trained on", known.data),
+        ("columns", known.columns),
         ("seen", f"{known.seen:,} bytes in {known.steps:,} steps"),
         ("held out", f"{known.score} bits per byte"),
         ("made", f"{known.date} by hrm-esp {known.version}"),
         ("command", known.command),
     ):
-        yield f"{name:11} {value}"
+        if value:
+            yield f"{name:11} {value}"
     yield ""
     for file in sorted(path.parent.iterdir()):
         kind = next((kind for end, kind in FILES.items() if file.name.endswith(end)), None)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..console import print0
 from ..data import (
+    PairColumns,
     encode_prompt,
     is_table,
     load_stream,
@@ -75,20 +76,24 @@ def compute_plans(model: HRMModel, texts: Sequence[str]) -> Plans:
 
 
 def read_texts(
-    arguments: Iterable[str], encoding: str = "utf-8", sep: str = "line"
+    arguments: Iterable[str],
+    encoding: str = "utf-8",
+    sep: str = "line",
+    trained: PairColumns | None = None,
 ) -> Iterator[str]:
     """Yields the documents of arguments that are files (of a table the prompts), and other
     arguments as they are.
 
     Args:
         sep: what ends a document, see `load_documents`.
+        trained: of a table, see `read_table`.
 
     Raises:
         HRMError: a file cannot be read, or a name of a file that does not exist.
     """
     for argument in arguments:
         if is_table(argument):
-            table = read_table(argument, encoding, prompts_only=True)
+            table = read_table(argument, encoding, prompts_only=True, trained=trained)
             print0(table.describe())
             yield from table.prompts()
         elif is_file_name(argument):

@@ -38,7 +38,7 @@ from .parser import from_args, options
 from .text_commands import evaluate, info, pairs, plans, plot, restore
 
 if TYPE_CHECKING:
-    from ..data import ByteStream, Table
+    from ..data import ByteStream, PairColumns, Table
     from ..generation import Completion
     from ..training import TrainResult
 
@@ -155,7 +155,7 @@ def generate(args: argparse.Namespace) -> None:
     table = None
     prompts: Iterable[str] = [prompt]
     if args.prompts is not None:
-        table = read_prompt_table(args)
+        table = read_prompt_table(args, model.columns)
         prompts = read_prompts(args.prompts, args.encoding) if table is None else table.prompts()
         prompts = prompts if args.keep_blank else without_blanks(prompts)
     if mode == "answer":
@@ -242,15 +242,21 @@ def is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def read_prompt_table(args: argparse.Namespace) -> Table | None:
-    """Reads the table of --prompts, if its name is that of one."""
+def read_prompt_table(args: argparse.Namespace, trained: PairColumns | None) -> Table | None:
+    """Reads the table of --prompts, if its name is that of one.
+
+    Args:
+        trained: see `read_table`.
+    """
     from ..data import is_table, read_table
 
     if not is_table(args.prompts):
         if args.prompt_col is not None:
             raise HRMError("--prompt_col needs a table: give --prompts FILE.csv, .tsv or .jsonl")
         return None
-    table = read_table(args.prompts, args.encoding, args.prompt_col, prompts_only=True)
+    table = read_table(
+        args.prompts, args.encoding, args.prompt_col, prompts_only=True, trained=trained
+    )
     print(table.describe(), file=STDERR)
     return table
 

@@ -36,6 +36,7 @@ Config = TypeVar("Config")
 DESCRIPTION = "A byte-level language model for Spanish with a Planner and an Executor."
 TRAIN_GROUPS = ("data", "model", "training", "run")
 TYPES = {"int": int, "float": float, "str": str}
+OF_MODEL = ("default: ", "default: as in finetuning, else ")
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -138,7 +139,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a prompt per line, or a table (.tsv, .csv, .jsonl); - is standard input",
     )
-    add("--prompt_col", metavar="COLUMN", help=PROMPT_COL_HELP)
+    add("--prompt_col", metavar="COLUMN", help=PROMPT_COL_HELP.replace(*OF_MODEL))
     _add_encoding(groups["input"])
     add("--keep_blank", action="store_true", help="do not skip blank prompts of the --prompts file")
     add("--num_samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
@@ -180,8 +181,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help=f"of a text: {SEP_HELP} (default: as in pretraining)",
     )
     add("--keep_licence", action="store_true", help="keep Project Gutenberg's licence in a text")
-    add("--prompt_col", metavar="COLUMN", help=PROMPT_COL_HELP)
-    add("--target_col", metavar="COLUMN", help=TARGET_COL_HELP)
+    add("--prompt_col", metavar="COLUMN", help=PROMPT_COL_HELP.replace(*OF_MODEL))
+    add("--target_col", metavar="COLUMN", help=TARGET_COL_HELP.replace(*OF_MODEL))
     add("--lm", action="store_true", help=LM_HELP)
     add = groups["results"].add_argument
     add(

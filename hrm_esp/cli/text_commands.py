@@ -119,6 +119,7 @@ def surprisals(model: HRMModel, args: argparse.Namespace) -> Iterator[Surprisal]
         data = dataset_tsv(
             args.file, model.config.max_len, encoding=args.encoding,
             prompt_col=args.prompt_col, target_col=args.target_col, lm=args.lm,
+            trained=model.columns,
         )  # fmt: skip
         with progress_bar(len(data), "row") as bar:
             yield from target_surprisals(model, data, by, dtype, args.batch_size, bar.update)
@@ -230,7 +231,9 @@ def plans(args: argparse.Namespace) -> None:
 
     from ..analysis.plans import as_dicts, compute_plans, draw_map, read_texts, report
 
-    texts = read_texts(map(clean_argument, args.texts), args.encoding, model.config.sep)
+    texts = read_texts(
+        map(clean_argument, args.texts), args.encoding, model.config.sep, model.columns
+    )
     found = compute_plans(model, list(texts))
     for line in map(to_json, as_dicts(found)) if args.json else report(found):
         print(line)

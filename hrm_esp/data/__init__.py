@@ -11,6 +11,7 @@ from .batch import collate_shard as collate_shard
 from .batch import group_by_length as group_by_length
 from .batch import pad as pad
 from .batch import prompt_tokens as prompt_tokens
+from .columns import PairColumns as PairColumns
 from .corruption import corrupt as corrupt
 from .corruption import strip_accents as strip_accents
 from .finetuning import TSVDataset as TSVDataset

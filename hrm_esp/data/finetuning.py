@@ -10,6 +10,7 @@ import numpy as np
 from ..console import print0
 from ..files import PathLike
 from .batch import WHOLE, Batch, Pair, Shard, collate_pairs, collate_shard, group_by_length
+from .columns import PairColumns
 from .stream import VAL_FRACTION
 from .table import read_table
 from .text import document_bytes, truncate_utf8
@@ -30,10 +31,13 @@ class TSVDataset(Sequence[Pair]):
 
     Args:
         max_len: bytes of a prompt and of a target.
+        columns: of the table that they were read from.
     """
 
-    def __init__(self, pairs: Sequence[Pair], max_len: int) -> None:
-        self.pairs, self.max_len = pairs, max_len
+    def __init__(
+        self, pairs: Sequence[Pair], max_len: int, columns: PairColumns | None = None
+    ) -> None:
+        self.pairs, self.max_len, self.columns = pairs, max_len, columns
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -84,6 +88,7 @@ def dataset_tsv(
     prompt_col: str | None = None,
     target_col: str | None = None,
     lm: bool = False,
+    trained: PairColumns | None = None,
 ) -> TSVDataset:
     """Reads a table of prompts and targets, and prints how it was understood: see `read_table`.
 
@@ -91,9 +96,10 @@ def dataset_tsv(
     that this is meant. A pair longer than ``max_len`` is cut, and a warning counts such pairs.
 
     Raises:
-        HRMError: the file is missing, a folder, not a table, or has no rows.
+        HRMError: the file is missing, a folder, not a table, or has no rows, or `read_table`
+            refuses it.
     """
-    table = read_table(path, encoding, prompt_col, target_col)
+    table = read_table(path, encoding, prompt_col, target_col, trained=trained)
     print0(table.describe())
     pairs, n_cut = [], 0
     for prompt_text, target_text in table.rows():
@@ -116,7 +122,7 @@ def dataset_tsv(
             f"warning: {path}: cut {n_cut:,} of {len(pairs):,} pairs, which are longer than "
             f"max_len ({max_len} bytes)"
         )
-    return TSVDataset(pairs, max_len)
+    return TSVDataset(pairs, max_len, table.pair_columns())
 
 
 def split_pairs(
@@ -137,13 +143,14 @@ def split_pairs(
     if fraction is None:
         n = max(n, min(MIN_VAL_PAIRS, len(distinct) // 5))
     held_out = TSVDataset(distinct[:n], data.max_len)
-    return remove_pairs(TSVDataset(pairs, data.max_len), held_out), held_out
+    return remove_pairs(TSVDataset(pairs, data.max_len, data.columns), held_out), held_out
 
 
 def remove_pairs(data: TSVDataset, held_out: TSVDataset) -> TSVDataset:
     """Returns the rows of ``data`` that are not held out. Spaces make no difference."""
     scored = set(map(_without_spaces, held_out))
-    return TSVDataset([p for p in data if _without_spaces(p) not in scored], data.max_len)
+    kept = [p for p in data if _without_spaces(p) not in scored]
+    return TSVDataset(kept, data.max_len, data.columns)
 
 
 def _without_spaces(pair: Pair) -> Pair:

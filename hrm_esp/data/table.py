@@ -19,7 +19,16 @@ from typing import Any
 
 from ..errors import HRMError
 from ..files import PathLike
-from .columns import choose_columns, has_header_row, known_pair
+from .columns import (
+    PairColumns,
+    Wanted,
+    cell_text,
+    choose_columns,
+    is_header_row,
+    known_pair,
+    one_line,
+    shorten,
+)
 from .encodings import is_utf8
 from .text import display_name, read_text
 
@@ -27,8 +36,8 @@ TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl")
 SEPARATORS = ("\t", ";", ",")
 SEPARATOR_NAMES = {"\t": "tab", ";": "semicolon", ",": "comma"}
 N_SNIFFED_ROWS = 1000  # rows that decide the separator
+MIN_REGULAR_ROWS = 5  # prompts that show columns by having the same number of cells
 MIN_SHARE = 0.5  # of them that a separator must split into the same number of cells
-MAX_SHOWN = 30  # characters of a cell
 
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole text; the default is 128 KiB
 
@@ -48,11 +57,12 @@ class Table:
     """Rows of a table, and which of their columns are read.
 
     ``names`` of the columns are empty without a header. ``cells`` of a row may be fewer or more
-    than the columns; JSON has a value for each name, ``None`` where a row lacks the key.
+    than the columns, whose number is ``width``; JSON has a value for each name, ``None`` where a
+    row lacks the key.
     ``target_column`` is ``None`` if there is no second column. ``rest_is_target``: further cells of
     a row are part of its target, separated by tabs. ``separator`` is empty for JSON.
-    ``prompts_only``: targets do not matter. ``is_guess``: neither the names nor the user said which
-    columns to read.
+    ``prompts_only``: targets do not matter. ``is_guess``: nothing says that these are the columns
+    to read.
     """
 
     path: PathLike
@@ -62,6 +72,7 @@ class Table:
     cells: list[list[Any]]
     prompt_column: int
     target_column: int | None
+    width: int
     rest_is_target: bool
     prompts_only: bool = False
     is_guess: bool = False
@@ -134,24 +145,23 @@ class Table:
             }
         odd = ["quotes around cells removed"] if self.quotes_removed else []
         odd += [f"{what}: {n:,}" for what, n in found.items() if n]
-        n_expected = 1 if self.prompts_only else 2
-        is_guess = self.is_guess and self._n_columns() > n_expected and not self.rest_is_target
+        is_guess = self.is_guess and not self.rest_is_target
         return odd, is_guess or is_ragged
+
+    def pair_columns(self) -> PairColumns | None:
+        """Returns the names of the columns that were read, or their numbers without a header;
+        ``None`` if there is no target."""
+        if self.target_column is None:
+            return None
+        read = (self.prompt_column, self.target_column)
+        prompt, target = (cell_text(self.names, i) if self.names else str(i + 1) for i in read)
+        return PairColumns(prompt, target, self.width)
 
     def _n_columns(self) -> int:
         return len(self.names) or max(map(len, self.cells), default=0)
 
     def _name(self, index: int) -> str:
-        return self.names[index] if index < len(self.names) else f"column {index + 1}"
-
-
-def cell_text(cells: Sequence[Any], index: int | None) -> str:
-    """Returns a cell as text: a value of JSON as JSON writes it, a missing cell as ``""``."""
-    value = None if index is None or index >= len(cells) else cells[index]
-    if value is None:
-        return ""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.replace("\0", "").encode(errors="ignore").decode()
+        return one_line(self.names[index]) if index < len(self.names) else f"column {index + 1}"
 
 
 def read_table(
@@ -160,6 +170,7 @@ def read_table(
     prompt_col: str | None = None,
     target_col: str | None = None,
     prompts_only: bool = False,
+    trained: PairColumns | None = None,
 ) -> Table:
     """Reads a table: JSON Lines by the extension of its name, else cells between separators.
 
@@ -168,47 +179,52 @@ def read_table(
         encoding: a file that is not UTF-8 is read in the old encoding that gives Spanish.
         prompt_col, target_col: name of a column, or its number from 1; found out by default.
         prompts_only: only the prompts are of interest.
+        trained: the columns that a model was finetuned on, the default where the table has them.
 
     Raises:
-        HRMError: the file cannot be read, has an unclosed quote, bad JSON or no rows, or lacks a
-            column.
+        HRMError: the file cannot be read, has an unclosed quote, bad JSON or no rows, lacks a
+            column, or has several and nothing says which ones to read.
     """
     text, stats = read_text(path, encoding)
+    wanted = Wanted(prompt_col, target_col, prompts_only, trained)
     if table_suffix(path) == ".jsonl":
         separator, names, cells = "", *_read_json(path, text)
         n_escaped, quotes_removed = 0, False
     else:
-        separator, raw, quotes_removed = _read_cells(path, text)
+        separator, raw, quotes_removed = _read_cells(path, text, wanted)
         n_escaped = sum(cell != unescape(cell) for row in raw for cell in row)
-        cells = [list(map(unescape, row)) for row in raw]
+        cells = [list(map(unescape, row)) for row in without_empty_columns(raw)]
         first = [cell.strip() for cell in cells[0]] if cells else []
-        asked = any(c is not None and not c.isdecimal() for c in (prompt_col, target_col))
-        is_header = asked or has_header_row(first, cells[1:], prompts_only)
+        is_header = is_header_row(first, cells[1:], wanted)
         names = unique(first) if is_header else []
         if is_header and len(cells) == 1:
             raise HRMError(f"no rows in {path}, only a header")
         cells = cells[1:] if is_header else cells
     if not cells:
         raise HRMError(f"no rows in {path}: give a prompt and its target in each row")
-    n_columns = len(names) or max(map(len, cells))
-    prompt, target, is_guess = choose_columns(
-        path, names, n_columns, prompt_col, target_col, prompts_only, is_json=not separator
-    )
-    last = len(names) - 1 if names else 1
+    columns = choose_columns(path, names, cells, wanted, is_json=not separator)
+    is_last = columns.target == columns.width - 1 if names else columns.target == 1
     return Table(
         path,
         stats.encoding,
         separator,
         names,
         cells,
-        prompt,
-        target,
-        rest_is_target=separator == "\t" and target == last,
+        columns.prompt,
+        columns.target,
+        columns.width,
+        rest_is_target=separator == "\t" and is_last and (bool(names) or columns.width <= 2),
         prompts_only=prompts_only,
-        is_guess=is_guess,
+        is_guess=columns.is_guess,
         escaped_breaks=n_escaped,
         quotes_removed=quotes_removed,
     )
+
+
+def without_empty_columns(cells: list[list[str]]) -> list[list[str]]:
+    """Returns the rows without the columns at their end that are empty in all rows."""
+    n = max((i for row in cells for i, cell in enumerate(row, 1) if cell.strip()), default=0)
+    return [row[:n] for row in cells]
 
 
 def unescape(cell: str) -> str:
@@ -227,7 +243,7 @@ def unique(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]], bool]:
+def _read_cells(path: PathLike, text: str, wanted: Wanted) -> tuple[str, list[list[str]], bool]:
     """Finds the separator. Returns it, the cells of the rows that are not blank, and whether quotes
     around all cells were removed."""
     is_csv = table_suffix(path) == ".csv"
@@ -239,21 +255,23 @@ def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]], bool]:
     if is_csv and (said := re.match(r"sep=([;,\t])\n", text, re.IGNORECASE)):  # a line of Excel's
         best, text = said[1], text[said.end() :]
     for separator in () if best else SEPARATORS:  # of equal ones the first
-        rows = _csv_rows(text, separator, strict=False)
-        first = next(rows, [])
-        if len(first) < 2 or not (is_csv or known_pair(first)):
+        rows = list(itertools.islice(_csv_rows(text, separator, strict=False), N_SNIFFED_ROWS + 1))
+        width = len(rows[0]) if rows else 0
+        if width < 2 or not (is_csv or known_pair(rows[0])):
             continue  # in a file that is no .csv commas are part of sentences
-        widths = [len(first), *(len(row) for row in itertools.islice(rows, N_SNIFFED_ROWS))]
-        share = sum(width >= len(first) for width in widths) / len(widths)
+        if _is_prose(rows, wanted):
+            continue
+        share = sum(len(row) >= width for row in rows) / len(rows)
         if share > max(best_share, MIN_SHARE):
             best, best_share = separator, share
     # Step 2: read the rows.
-    if not best:
-        if not is_csv or '"' not in text:
-            return "\t", [[line] for line in text.split("\n") if line.strip()], False
+    is_single = not best
+    if is_single:
+        if not is_csv:
+            return "\t", *_split_tabs(text)
         best = "\t"  # one column, whose cells may be in quotes
     try:
-        return best, list(_csv_rows(text, best, strict=True)), False
+        cells = list(_csv_rows(text, best, strict=True))
     except csv.Error as error:
         number, reason = error.args
         raise HRMError(
@@ -261,6 +279,26 @@ def _read_cells(path: PathLike, text: str) -> tuple[str, list[list[str]], bool]:
             f"({reason}): "
             'write a quote inside a cell twice, as in "dijo ""sí"""'
         ) from error
+    if is_single and all(len(row) == 1 for row in cells):
+        # A comma outside quotes: the program that wrote the file separates columns by semicolons.
+        best = ";" if "," in re.sub('"[^"]*"', "", text) else ","
+    return best, cells, False
+
+
+def _is_prose(rows: Sequence[list[str]], wanted: Wanted) -> bool:
+    """Whether a separator is the punctuation of sentences: a space mostly follows it, which no
+    program writes, and it splits the rows into different numbers of cells.
+
+    A few rows of prompts may have the same number by chance.
+    """
+    later = [cell for row in rows for cell in row[1:] if cell]
+    if sum(cell.startswith(" ") for cell in later) <= len(later) / 2:
+        return False
+    first, *body = [[cell.strip() for cell in row] for row in rows]
+    if is_header_row(first, body, wanted):
+        return False
+    is_regular = all(len(row) == len(first) for row in body)
+    return not is_regular or (wanted.prompts_only and len(rows) < MIN_REGULAR_ROWS)
 
 
 def _csv_rows(text: str, separator: str, strict: bool) -> Iterator[list[str]]:
@@ -282,7 +320,8 @@ def _csv_rows(text: str, separator: str, strict: bool) -> Iterator[list[str]]:
 
 def _split_tabs(text: str) -> tuple[list[list[str]], bool]:
     """Splits rows at tabs. Quotes are part of the text, unless a spreadsheet put them there: the
-    file is what it writes, with quotes where a cell needs them, or around all cells.
+    file is what it writes, with quotes where a cell needs them (Excel: also if it has a comma), or
+    around all cells.
 
     Returns:
         The cells of each row, and whether quotes around all cells were removed.
@@ -292,17 +331,21 @@ def _split_tabs(text: str) -> tuple[list[list[str]], bool]:
     if '"' not in text:
         return plain, False
     try:
-        quoted = list(_csv_rows(text, "\t", strict=True))
+        cells = list(_csv_rows(text, "\t", strict=True))
     except csv.Error:
         return plain, False
-    for style in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
-        written = io.StringIO(newline="")
-        csv.writer(written, dialect="excel-tab", quoting=style, lineterminator="\n").writerows(
-            quoted
-        )
-        if len(set(map(len, quoted))) == 1 and written.getvalue().strip("\n") == text.strip("\n"):
-            return quoted, style == csv.QUOTE_ALL
+    if len(set(map(len, cells))) > 1:
+        return plain, False
+    for special in ('["\t\n]', '["\t\n,]', ""):  # what a cell is quoted for; "" is any cell
+        written = "\n".join("\t".join(_quoted(cell, special) for cell in row) for row in cells)
+        if written.strip("\n") == text.strip("\n"):
+            return cells, not special
     return plain, False
+
+
+def _quoted(cell: str, special: str) -> str:
+    """Returns a cell as a spreadsheet writes it, in quotes if the pattern ``special`` occurs."""
+    return '"' + cell.replace('"', '""') + '"' if re.search(special, cell) else cell
 
 
 def _read_json(path: PathLike, text: str) -> tuple[list[str], list[list[Any]]]:
@@ -320,12 +363,6 @@ def _read_json(path: PathLike, text: str) -> tuple[list[str], list[list[Any]]]:
         objects.append(found)
     names = list(dict.fromkeys(name for found in objects for name in found))
     return names, [[found.get(name) for name in names] for found in objects]
-
-
-def shorten(text: str) -> str:
-    """Returns the beginning of a cell, in one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 
 def check_table_name(path: PathLike) -> None:

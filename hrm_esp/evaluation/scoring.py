@@ -379,7 +379,8 @@ def evaluate(
         show_progress: show a bar on a terminal.
         sep: what ends a document of a text, see `load_documents`; by default as in pretraining.
         keep_licence: keep Project Gutenberg's licence in a text.
-        prompt_col, target_col, lm: of a table, see `dataset_tsv`.
+        prompt_col, target_col, lm: of a table, see `dataset_tsv`; by default the columns that the
+            model was finetuned on, if the table has them.
         predictions: a file to write prompt, target and answer of each pair to, separated by tabs.
 
     Raises:
@@ -400,6 +401,7 @@ def evaluate(
         prompt_col=prompt_col,
         target_col=target_col,
         lm=lm,
+        trained=model.columns,
     )
     with progress_bar(len(data), "row", show_progress) as bar:
         answers = answer_pairs(model, data, 4 * batch_size, bar.update)

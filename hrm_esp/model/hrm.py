@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HRMConfig
+from ..data import PairColumns
 from ..ngrams.mixture import WindowCounts
 from ..tokenizer import PAD
 from .embeddings import TokenEmbedding
@@ -41,12 +42,13 @@ class LossTerms(NamedTuple):
 
 class HRMModel(nn.Module):
     """Planner and Executor. ``stage``: what the weights were last trained for, ``pretrain`` or
-    ``finetune``."""
+    ``finetune``. ``columns``: of the table that it was finetuned on."""
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
         self.config = config
         self.stage = "pretrain"
+        self.columns: PairColumns | None = None
         tok_emb = TokenEmbedding(config)
         self.planner = Planner(config, tok_emb)
         self.executor = Executor(config, tok_emb)

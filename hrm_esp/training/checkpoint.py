@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import DEFAULT_DIR, HRMConfig
+from ..data import PairColumns
 from ..errors import HRMError
 from ..files import PathLike, atomic_write
 from ..model import HRMModel
@@ -29,6 +30,7 @@ FACT_TYPES = {
     "bytes": int,
     "documents": int,
     "rows": int,
+    "n_columns": int,
     "new_bpb_before": float,
     "old_bpb_before": float,
 }
@@ -59,6 +61,13 @@ class Checkpoint:
     counts: dict[str, Tensor] | None = None
     training: dict[str, Any] | None = None
 
+    @property
+    def columns(self) -> PairColumns | None:
+        """The columns of the table that the model was finetuned on, if they are known."""
+        facts = self.origin.get("finetune", {}) if self.stage == "finetune" else {}
+        names = ("prompt_col", "target_col", "n_columns")
+        return PairColumns(*map(facts.get, names)) if facts.keys() >= {*names} else None
+
     def build_model(self, device: torch.device | str = "cpu") -> HRMModel:
         """Builds the model, in evaluation mode. On the CPU it shares these weights.
 
@@ -74,7 +83,7 @@ class Checkpoint:
             model.load_state_dict(self.weights, assign=True)
         except RuntimeError as error:
             raise HRMError("the checkpoint's weights do not fit its config") from error
-        model.stage = self.stage
+        model.stage, model.columns = self.stage, self.columns
         return model.to(device).eval()
 
 

@@ -6,6 +6,7 @@ import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def train_ft(
             options,
             stage="finetune",
             data_id=f"{len(data)}:{zlib.crc32(repr(data.pairs).encode()):08x}",
-            origin=checkpoint.origin | {"finetune": {"data": Path(tsv).name, "rows": len(data)}},
+            origin=checkpoint.origin | {"finetune": describe_data(tsv, data)},
             validate=validate if len(held_out) else None,
             resumed=resumed,
         )
@@ -131,12 +132,21 @@ def load_pairs(
     if val is None:
         data, held_out = split_pairs(data, options.val_fraction, options.seed)
     else:
-        held_out = dataset_tsv(val, max_len, **reading)
+        held_out = dataset_tsv(val, max_len, **reading, trained=data.columns)
         data = remove_pairs(data, held_out)
         held_out, _ = split_pairs(held_out, 0.0, options.seed)  # shuffled
     if not len(data):
         raise HRMError("nothing is left to train on: give another --val or --set val_fraction")
     return data, held_out
+
+
+def describe_data(tsv: PathLike, data: TSVDataset) -> dict[str, Any]:
+    """Returns what the `Checkpoint.origin` of a run says about its data."""
+    found: dict[str, Any] = {"data": Path(tsv).name, "rows": len(data)}
+    if (columns := data.columns) is not None:
+        prompt_col, target_col, n_columns = columns
+        found |= {"prompt_col": prompt_col, "target_col": target_col, "n_columns": n_columns}
+    return found
 
 
 def model_to_finetune(start: Checkpoint, options: FinetuneConfig) -> HRMModel:
