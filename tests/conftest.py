@@ -30,7 +30,8 @@ settings.load_profile("any machine")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--d_model", "32", "--n_heads", "2", "--n_layers_enc", "1", "--n_layers_dec", "2",
-         "--plan_dim", "16", "--n_plan_codes", "8", "--max_len", "64")  # fmt: skip
+         "--plan_dim", "16", "--n_plan_codes", "8", "--max_len", "64",
+         "--set", "recent_len=64")  # fmt: skip
 CONFIG = HRMConfig(
     d_model=32,
     n_heads=2,
@@ -39,6 +40,7 @@ CONFIG = HRMConfig(
     plan_dim=16,
     n_plan_codes=8,
     max_len=32,
+    recent_len=64,
 )
 
 TEXT = "\n".join(

@@ -36,7 +36,7 @@ def test_a_text_is_closest_to_itself() -> None:
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 10))
-@settings(max_examples=10)
+@settings(max_examples=5)
 def test_labels_of_a_map_do_not_overlap(tmp_path_factory: pytest.TempPathFactory, seed: int,
                                         spread: float) -> None:  # fmt: skip
     out = tmp_path_factory.mktemp("map") / "map.svg"

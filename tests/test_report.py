@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hrm_esp.data import CorpusStats, corpus_stats, report
 
 LINES = [line for line in TEXT.split("\n") for _ in (0, 1)]
-BOOK = "\n\n".join(textwrap.fill(" ".join(LINES[i : i + 9]), 70) for i in range(0, len(LINES), 2))
+BOOK = "\n\n".join(textwrap.fill(" ".join(LINES[i : i + 9]), 70) for i in range(0, len(LINES), 6))
 
 
 def stream(text: str) -> np.ndarray:

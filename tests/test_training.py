@@ -105,7 +105,7 @@ def test_resumed_equals_uninterrupted(
 
 
 @pytest.mark.parametrize(
-    "length, grad_accum", [({"epochs": 3, "patience": 0}, 1), ({"steps": 20}, 2)]
+    "length, grad_accum", [({"epochs": 2, "patience": 0}, 1), ({"steps": 20}, 2)]
 )
 def test_loading_a_step_ahead_changes_nothing(
     corpus: Path,
@@ -115,7 +115,7 @@ def test_loading_a_step_ahead_changes_nothing(
     grad_accum: int,
 ) -> None:
     """As with CUDA: nor does it if the run is resumed, and no batch is loaded in vain."""
-    keywords = {**length, "batch_size": 4, "grad_accum": grad_accum}
+    keywords = {**length, "batch_size": 16, "grad_accum": grad_accum}
     plain = train_lm(corpus, CONFIG, options(tmp_path / "plain", **keywords))
     new_loader, load, loaded = Loader.__init__, Loader._load, []
 
@@ -344,7 +344,7 @@ def test_blocks_are_kept_for_text_and_reinitialized_for_other_targets(
 def test_finetuning_learns_from_the_prompt(corpus: Path, tmp_path: Path, context: str) -> None:
     start = train_lm(corpus, CONFIG, options(tmp_path / "run", steps=30))
     tuning = FinetuneConfig(
-        steps=150, batch_size=16, context=context, out_dir=str(tmp_path / "run"), dropout=0.0
+        steps=90, batch_size=16, context=context, out_dir=str(tmp_path / "run"), dropout=0.0
     )
     result = train_ft(tmp_path / "pairs.tsv", start.last, tuning)
     score = evaluate(load_model(result.last), tmp_path / "pairs.tsv")
