@@ -37,8 +37,14 @@ def shade(bits: float) -> int:
     return bisect.bisect_right(LIMITS, bits)
 
 
-def page(words: Iterable[Surprisal], title: str, score: str) -> Iterator[str]:
-    """Yields the parts of a page without scripts that shows words by their surprisal."""
+def page(
+    words: Iterable[Surprisal], title: str, score: str, is_wrapped: bool = False
+) -> Iterator[str]:
+    """Yields the parts of a page without scripts that shows words by their surprisal.
+
+    Args:
+        is_wrapped: lines that follow each other in the file are one paragraph.
+    """
     styles = "\n".join(
         f".b{i} {{ background: hsl(0 0% {100 - 5 * i}%); border-bottom: {i / 3:.1f}px solid }}"
         for i in range(len(LIMITS) + 1)
@@ -46,14 +52,26 @@ def page(words: Iterable[Surprisal], title: str, score: str) -> Iterator[str]:
     lows = (0, *LIMITS)
     key = " ".join(f'<span class="b{i}">from {low}</span>' for i, low in enumerate(lows))
     yield PAGE.format(title=html.escape(title), score=html.escape(score), styles=styles, key=key)
-    for _, line in itertools.groupby(words, lambda word: word.line):
+    for paragraph in paragraphs(words, 1 if is_wrapped else 0):
         spans = (
             f'<span class="b{shade(word.bits)}" title="{word.bits:.1f} bits">'
             f"{html.escape(word.text)}</span>"
-            for word in line
+            for word in paragraph
         )
         yield f"<p>{' '.join(spans)}</p>\n"
     yield "</body>\n</html>\n"
+
+
+def paragraphs(words: Iterable[Surprisal], step: int) -> Iterator[list[Surprisal]]:
+    """Yields the words of each group of lines whose numbers differ by at most ``step``."""
+    group: list[Surprisal] = []
+    for word in words:
+        if group and word.line > group[-1].line + step:
+            yield group
+            group = []
+        group.append(word)
+    if group:
+        yield group
 
 
 def terminal_lines(words: Iterable[Surprisal]) -> Iterator[str]:
