@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp import train_ft, train_lm
+from hrm_esp.cli.command_line import parse_command_line
 from hrm_esp.config import FinetuneConfig, GenerationConfig, HRMConfig, PretrainConfig
 from hrm_esp.continue_config import ContinueConfig
 from hrm_esp.errors import HRMError
@@ -100,6 +101,35 @@ def test_a_number_out_of_range_is_one_line(
     out = run(*args)
     assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
     assert out.stderr.startswith("hrm-esp: error: ") and str(args[-2])[2:] in out.stderr
+
+
+FLOAT_FLAGS = [
+    *[(("pretrain", f"--{name}"), name) for name in ("minutes", "lr", "dropout", "decay")],
+    *[(("pretrain", "--set"), name) for name in ("val_fraction", "count_memory", "save_every")],
+    *[(("finetune", f"--{name}"), name) for name in ("minutes", "lr", "dropout", "weight_decay")],
+    *[(("generate", f"--{name}"), name) for name in ("temperature", "top_p", "min_p", "guidance")],
+    (("restore", "--min_p"), "min_p"),
+]
+
+
+@pytest.mark.parametrize(("words", "name"), FLOAT_FLAGS, ids=lambda value: "".join(value))
+def test_a_decimal_comma_is_a_point(words: tuple[str, str], name: str) -> None:
+    command, flag = words
+    for written in ("0,5", "0.5"):
+        value = f"{name}={written}" if flag == "--set" else written
+        assert getattr(parse_command_line([command, flag, value]), name) == 0.5
+    assert parse_command_line(["pretrain", "--lr", "1,5e-3"]).lr == 1.5e-3
+
+
+@pytest.mark.parametrize("text", ["1,000", "12,500", "1,234,567"])
+def test_a_comma_that_may_separate_thousands_is_refused(text: str) -> None:
+    for words in (["--minutes", text], ["--set", f"minutes={text}"], [f"--decay={text}"]):
+        with pytest.raises(HRMError, match="thousands or decimals"):
+            parse_command_line(["pretrain", *words])
+    with pytest.raises(HRMError):
+        parse_command_line(["pretrain", "--minutes", "1,5,5"])
+    with pytest.raises(HRMError):
+        parse_command_line(["pretrain", "--steps", "1,5"])
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_built(run: Run, tmp_path: Path) -> None:
