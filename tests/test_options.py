@@ -14,7 +14,7 @@ from hrm_esp.cli.command_line import parse_command_line
 from hrm_esp.config import FinetuneConfig, GenerationConfig, HRMConfig, PretrainConfig
 from hrm_esp.continue_config import ContinueConfig
 from hrm_esp.errors import HRMError
-from hrm_esp.training import memory
+from hrm_esp.training import finetune, memory, pretrain
 
 CONFIGS = (HRMConfig, PretrainConfig, ContinueConfig, FinetuneConfig, GenerationConfig)
 FIELDS = [(config, f.name) for config in CONFIGS for f in fields(config)]
@@ -158,3 +158,27 @@ def test_what_fits_into_memory_is_trained(
     train_ft(tmp_path / "pairs.tsv", start, FinetuneConfig(**huge))
     with pytest.raises(HRMError, match=r"a batch of this size .* --batch_size or --max_len"):
         train_lm(tmp_path / "long.txt", CONFIG, PretrainConfig(**huge))
+
+
+def test_the_batch_of_a_resumed_run_is_the_saved_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is checked for it, not for the default of the device, which may be another one now."""
+    (tmp_path / "text.txt").write_text(TEXT * 9, encoding="utf-8")
+    (tmp_path / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
+    checked = []
+
+    def check(config: HRMConfig, device: object, n_rows: int = 0, length: int = 0) -> None:
+        checked.append(n_rows)
+
+    monkeypatch.setattr(pretrain, "check_memory", check)
+    monkeypatch.setattr(finetune, "check_memory", check)
+    options = {"steps": 1, "out_dir": str(tmp_path / "a")}
+    for size in (3, None):
+        changes = {**options, "batch_size": size, "resume": size is None}
+        last = train_lm(tmp_path / "text.txt", CONFIG, PretrainConfig(**changes)).last
+    assert checked == [3, 3]
+    for size in (1, None):
+        changes = {**options, "batch_size": size, "resume": size is None}
+        train_ft(tmp_path / "pairs.tsv", last, FinetuneConfig(**changes))
+    assert checked == [3, 3, CONFIG.max_len, CONFIG.max_len]

@@ -30,8 +30,8 @@ from .continued import Start, read_start
 from .early_stopping import Score
 from .memory import check_memory, total_memory
 from .metrics_log import describe_run
+from .resume import run_batch_size
 from .run_folder import open_run
-from .schedule import choose_batch_size
 from .signals import interruptible
 from .trainer import Trainer, TrainResult
 
@@ -88,7 +88,7 @@ def train_lm(
         # Step 2: build the model and count the n-grams.
         config = model_config(config, options, start)
         n_windows = math.ceil(len(stream) / config.max_len)
-        batch_size = choose_batch_size(options, config, device)
+        batch_size = run_batch_size(options, config, device, resumed)
         check_memory(config, device, min(batch_size, n_windows), config.max_len)
         torch.manual_seed(options.seed)
         model = HRMModel(config) if start is None else start.build_model().to(device)
