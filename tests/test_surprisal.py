@@ -207,6 +207,14 @@ def test_the_page(trained: Path, run: Run, text: Path, tmp_path: Path) -> None:
     assert "script" not in page.tags and "img" not in page.tags and "link" not in page.tags
     assert page.words == [*SOME.split(), "<script>alert('no')</script>", "&", "más"]
     rows = run(*command, "--by", "word").stdout.splitlines()[1:]
-    assert page.titles == [f"{float(row.split(chr(9))[3]):.1f} bits" for row in rows]
+    bits = [f"{float(row.split(chr(9))[3]):.1f}".replace(".", ",") for row in rows]
+    assert page.titles == [f"{value} bits" for value in bits]
+    # All else is Spanish, too.
+    score = run(*command).stdout.split()
+    content = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"<p>{score[0].replace('.', ',')} bits por byte en {score[5]} bytes</p>" in content
+    assert '<html lang="es">' in content and "desde 2" in content
+    assert not re.search(r"\b(from|per|over|of|the)\b", re.sub("<style>.*?</style>", "", content,
+                                                               flags=re.S))  # fmt: skip
     refused = run(*command, "--html", "nowhere/page.html")
     assert refused.returncode == 2 and "cannot write" in refused.stderr

@@ -7,9 +7,11 @@ import html
 import itertools
 from collections.abc import Iterable, Iterator
 
-from ..evaluation import Surprisal
+from ..evaluation import Surprisal, TextScore
+from .spanish import spanish_number
 
 LIMITS = (2, 4, 6, 8, 11, 14, 18, 24)  # bits from which a word is a shade darker
+# The page is in Spanish, as what it shows.
 PAGE = """<!DOCTYPE html>
 <html lang="es">
 <head>
@@ -27,7 +29,7 @@ span {{ padding: .1em .15em; border-radius: .2em; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p>{score}</p>
+<p>{bits} bits por byte en {n} bytes</p>
 <p class="key">bits: {key}</p>
 """
 
@@ -38,11 +40,12 @@ def shade(bits: float) -> int:
 
 
 def page(
-    words: Iterable[Surprisal], title: str, score: str, is_wrapped: bool = False
+    words: Iterable[Surprisal], title: str, score: TextScore, is_wrapped: bool = False
 ) -> Iterator[str]:
     """Yields the parts of a page without scripts that shows words by their surprisal.
 
     Args:
+        score: of all words.
         is_wrapped: lines that follow each other in the file are one paragraph.
     """
     styles = "\n".join(
@@ -50,11 +53,14 @@ def page(
         for i in range(len(LIMITS) + 1)
     )
     lows = (0, *LIMITS)
-    key = " ".join(f'<span class="b{i}">from {low}</span>' for i, low in enumerate(lows))
-    yield PAGE.format(title=html.escape(title), score=html.escape(score), styles=styles, key=key)
+    key = " ".join(f'<span class="b{i}">desde {low}</span>' for i, low in enumerate(lows))
+    yield PAGE.format(
+        title=html.escape(title), styles=styles, key=key,
+        bits=spanish_number(f"{score.bits_per_byte:.3f}"), n=spanish_number(f"{score.n:,}"),
+    )  # fmt: skip
     for paragraph in paragraphs(words, 1 if is_wrapped else 0):
         spans = (
-            f'<span class="b{shade(word.bits)}" title="{word.bits:.1f} bits">'
+            f'<span class="b{shade(word.bits)}" title="{spanish_number(f"{word.bits:.1f}")} bits">'
             f"{html.escape(word.text)}</span>"
             for word in paragraph
         )

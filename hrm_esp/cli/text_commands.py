@@ -85,7 +85,7 @@ def show_surprisal(args: argparse.Namespace) -> None:
         file_name = Path(args.file).name.encode(errors="replace").decode()
         is_wrapped = is_text and (args.sep or model.config.sep) == "blank"
         with atomic_write(Path(args.html).resolve()) as file:
-            for text in page(found, file_name, str(score), is_wrapped):
+            for text in page(found, file_name, score, is_wrapped):
                 file.write(text.encode())
         print(args.html)
     elif args.json:
