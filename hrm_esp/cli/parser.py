@@ -280,7 +280,8 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="the --out_dir of a run")
+    parser.add_argument("folders", nargs="*", default=[DEFAULT_DIR], metavar="RUN_FOLDER",
+                        help=f"the --out_dir of a run (default: {DEFAULT_DIR})")  # fmt: skip
     parser.add_argument("-o", "--out", default="curves.png", metavar="FILE",
                         help=".png, .svg or .pdf (default: curves.png)")  # fmt: skip
 
