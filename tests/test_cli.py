@@ -335,6 +335,21 @@ def test_a_mistake_is_one_line(run: Run, bad_folder: Path, case: str) -> None:
     assert sorted(bad_folder.rglob("*")) == before
 
 
+def test_a_missing_file_is_always_named_in_the_same_words(trained: Path, run: Run) -> None:
+    """Texts, tables and prompts."""
+    for args in (
+        ("pretrain", "nowhere.txt", "--overwrite"),
+        ("pretrain", "corpus.txt", "--overwrite", "--val", "nowhere"),
+        ("finetune", "nowhere.tsv", "--overwrite"), ("evaluate", "nowhere.txt"),
+        ("evaluate", "nowhere.csv", "--by", "word"), ("generate", "--prompts", "nowhere.txt"),
+        ("generate", "--prompts", "nowhere.csv"), ("plans", "nowhere.txt"), ("pairs", "nowhere"),
+        ("restore", "nowhere", "--ckpt", "checkpoints/pretrain_best.pt"),
+    ):  # fmt: skip
+        line = one_line_error(run(*args, cwd=trained))
+        (name,) = (word for word in args if word.startswith("nowhere"))
+        assert line == f"hrm-esp: error: no such file: {name}: check the name and the folder"
+
+
 def test_a_run_in_the_folder_is_kept(trained: Path, run: Run) -> None:
     best = trained / "checkpoints" / "pretrain_best.pt"
     before = best.read_bytes()

@@ -18,7 +18,7 @@ from typing import TypeVar, cast
 from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike
-from .corpus_files import check_suffix
+from .corpus_files import check_suffix, missing_file
 from .encodings import (
     DOUBLE_ENCODED,
     guess_encoding,
@@ -166,6 +166,8 @@ def read_errors(path: PathLike, encoding: str) -> Iterator[None]:
         yield
     except LookupError as error:
         raise HRMError(f"unknown encoding {encoding!r}: try utf-8, latin-1 or cp1252") from error
+    except FileNotFoundError as error:
+        raise missing_file(path) from error
     except IsADirectoryError as error:
         raise HRMError(f"{name} is a folder: give a file") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
