@@ -68,6 +68,8 @@ def show_surprisal(args: argparse.Namespace) -> None:
         raise HRMError("--html shows words: leave out --by")
     if args.html is not None and args.json:
         raise HRMError("give --html or --json, not both")
+    from ..files import atomic_write, check_output
+
     if args.html is not None:
         check_output("--html", args.html, args.file)
     model = load_model(args)
@@ -75,7 +77,6 @@ def show_surprisal(args: argparse.Namespace) -> None:
     from ..analysis.surprisal import page, terminal_lines
     from ..data import is_table
     from ..evaluation import TextScore
-    from ..files import atomic_write
 
     found, is_text = list(surprisals(model, args)), not is_table(args.file)
     shown = columns(args.by or "word", "line" if is_text else "row")
@@ -149,10 +150,11 @@ def restore(args: argparse.Namespace) -> None:
     check_bounds("min_p", args.min_p, low=0, high=1)
     if (args.diff, args.json, args.out is not None).count(True) > 1:
         raise HRMError("give one of --diff, --json and -o")
+    from ..files import atomic_write, check_output
+
     if args.out is not None:
         check_output("-o", args.out, args.file)
 
-    from ..files import atomic_write
     from ..restoration import Restorer, TextBlocks
     from ..training import find_checkpoint
 
@@ -194,7 +196,7 @@ def pairs(args: argparse.Namespace) -> None:
     check_bounds("max_bytes", args.max_bytes, low=1, high=MAX_COUNT)
 
     from ..data import accent_pairs
-    from ..files import atomic_write
+    from ..files import atomic_write, check_output
 
     rows = accent_pairs(args.text, args.max_bytes, args.encoding)
     lines = (f"{prompt}\t{target}\n" for prompt, target in rows)
@@ -211,15 +213,6 @@ def pairs(args: argparse.Namespace) -> None:
         if not n:
             raise HRMError(f"no sentence of at most {args.max_bytes} bytes in {args.text}")
     print(f"{n:,} pairs in {args.out}")
-
-
-def check_output(flag: str, path: str, source: str) -> None:
-    """Raises HRMError if a file cannot be written, or is the one that is read."""
-    out = Path(path).resolve()
-    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
-        raise HRMError(f"cannot write {path}: give a file in a folder that exists")
-    if out.exists() and Path(source).exists() and out.samefile(source):
-        raise HRMError(f"{flag} would overwrite {source}: give another file")
 
 
 def info(args: argparse.Namespace) -> None:

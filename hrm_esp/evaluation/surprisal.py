@@ -14,10 +14,8 @@ import numpy as np
 import torch
 
 from ..data import ByteStream, TSVDataset
-from ..device import eval_mode
 from ..model import HRMModel
-from ..tokenizer import PAD
-from .scoring import Progress, batch_bits, byte_bits
+from .scoring import Progress, byte_bits, target_bits
 
 WORD = re.compile(r"(?:^\s+)?\S+\s*|^\s+$")
 
@@ -67,17 +65,7 @@ def target_surprisals(
 ) -> Iterator[Surprisal]:
     """Yields the surprisal of each part of the targets of a table, given their prompts; the token
     that ends a target counts as a byte of it. Arguments as in `text_surprisals`."""
-    bits = {}
-    with eval_mode(model):
-        for pairs in data.groups(batch_size, np.arange(len(data))):
-            batch = data.collate(pairs)
-            is_target = (batch.y_out != PAD).numpy()
-            for pair, row, mask in zip(
-                pairs, batch_bits(model, batch, dtype), is_target, strict=True
-            ):
-                bits[pair] = row[mask]
-            if progress is not None:
-                progress(len(pairs))
+    bits = dict(target_bits(model, data, dtype, batch_size, progress))
     for number, pair in enumerate(data, 1):
         yield from split_line(number, (pair.target + b"\n")[: len(bits[pair])], bits[pair], by)
 
