@@ -13,10 +13,29 @@ from typing import IO
 
 import numpy as np
 
+from .errors import HRMError
+
 PathLike = str | os.PathLike[str]
 
 PARTIAL_SUFFIX = ".partial"  # of files that are still being written
 HEADER_BYTES = 4096  # of a cached file: one page, so that the data after it stays aligned
+
+
+def check_output(
+    flag: str, path: PathLike, source: PathLike | None, is_replaced: bool = True
+) -> None:
+    """Raises HRMError if a file cannot be written, or is the one that is read.
+
+    Args:
+        source: the file that is read, if any.
+        is_replaced: a new file takes its place, which must not be that of a device.
+    """
+    out = Path(path).resolve()
+    is_other = out.exists() and not out.is_file() if is_replaced else out.is_dir()
+    if not out.parent.is_dir() or is_other:
+        raise HRMError(f"cannot write {path}: give a file in a folder that exists")
+    if source and out.exists() and Path(source).exists() and out.samefile(source):
+        raise HRMError(f"{flag} would overwrite {source}: give another file")
 
 
 def remove_partial_files(folder: Path, *prefixes: str) -> None:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from shlex import join
 
 command_line = ""  # the command that this process was started with, if it was one of hrm-esp
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set for each process
+
+
+def resume_command(words: Sequence[str]) -> str:
+    """Returns the command that continues the run which the command of ``words`` started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "the same torchrun command and --resume"
+    program, command, *rest = words
+    end = rest.index("--") if "--" in rest else len(rest)  # what follows are no flags
+    flags = [word for word in rest[:end] if word not in ("--resume", "--overwrite")]
+    return join([program, command, *flags, "--resume", *rest[end:]])
 
 
 def launched_rank() -> int:

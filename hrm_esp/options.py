@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from dataclasses import field, fields
 from types import NoneType
 from typing import Any
@@ -87,6 +88,19 @@ def check_bounds(name: str, value: float, **rules: Any) -> None:
     for rule, (words, is_inside) in BOUNDS.items():
         if rule in rules and not is_inside(value, rules[rule]):
             raise HRMError(f"{name} must be {words} {rules[rule]:,}, not {describe(value)}")
+
+
+def number(text: str) -> float:
+    """Returns a number that is written with a decimal point or, as in Spanish, a decimal comma.
+
+    Raises:
+        ValueError: it is no number.
+        HRMError: its comma may separate thousands.
+    """
+    if re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+", text.strip()):
+        one, other = text.replace(",", ""), text.replace(",", ".", 1).replace(",", "")
+        raise HRMError(f"the comma of {text} may mean thousands or decimals: give {one} or {other}")
+    return float(text.replace(",", "."))
 
 
 def describe(value: object) -> str:

@@ -335,6 +335,21 @@ def test_a_mistake_is_one_line(run: Run, bad_folder: Path, case: str) -> None:
     assert sorted(bad_folder.rglob("*")) == before
 
 
+def test_a_missing_file_is_always_named_in_the_same_words(trained: Path, run: Run) -> None:
+    """Texts, tables and prompts."""
+    for args in (
+        ("pretrain", "nowhere.txt", "--overwrite"),
+        ("pretrain", "corpus.txt", "--overwrite", "--val", "nowhere"),
+        ("finetune", "nowhere.tsv", "--overwrite"), ("evaluate", "nowhere.txt"),
+        ("evaluate", "nowhere.csv", "--by", "word"), ("generate", "--prompts", "nowhere.txt"),
+        ("generate", "--prompts", "nowhere.csv"), ("plans", "nowhere.txt"), ("pairs", "nowhere"),
+        ("restore", "nowhere", "--ckpt", "checkpoints/pretrain_best.pt"),
+    ):  # fmt: skip
+        line = one_line_error(run(*args, cwd=trained))
+        (name,) = (word for word in args if word.startswith("nowhere"))
+        assert line == f"hrm-esp: error: no such file: {name}: check the name and the folder"
+
+
 def test_a_run_in_the_folder_is_kept(trained: Path, run: Run) -> None:
     best = trained / "checkpoints" / "pretrain_best.pt"
     before = best.read_bytes()
@@ -560,12 +575,34 @@ def test_info_says_what_made_a_checkpoint(trained: Path, run: Run, tmp_path: Pat
     for language, word in (("es", "entrenado"), ("en", "trained")):
         card = run("info", checkpoint, "--card", language).stdout
         assert card.startswith("---\nlanguage: es\n") and word in card and "corpus.txt" in card
-        assert ("95.429 pesos" in card) == (language == "es")
+        assert ("95.429 parámetros" in card) == (language == "es")
     assert run("info", tmp_path).returncode == 2
     # A folder is a checkpoint for every command.
     text = run("generate", "--ckpt", checkpoint.parent, "--prompt", "3").stdout
     assert text == run("generate", "--ckpt", checkpoint.parent / "finetune_best.pt",
                        "--prompt", "3").stdout  # fmt: skip
+
+
+def test_a_spanish_card_is_all_spanish(trained: Path, run: Run, tmp_path: Path) -> None:
+    """But for the command, the names of files and the field names of the front matter."""
+    content = torch.load(trained / "checkpoints" / "finetune_best.pt", weights_only=True)
+    text = content["origin"]["pretrain"] | {"data": "1.500 versos.txt", "bytes": 1234567}
+    pairs = content["origin"]["finetune"] | {"rows": 1300}
+    for sep, words in (
+        ("line", "un documento por línea"), ("blank", "una línea en blanco entre párrafos"),
+        ("stanza", "una línea en blanco entre estrofas"), ("file", "un documento por archivo"),
+    ):  # fmt: skip
+        origin = {"earlier": [text | {"sep": sep}], "pretrain": text, "finetune": pairs}
+        torch.save(content | {"origin": origin}, tmp_path / "a.pt")
+        card = run("info", "a.pt", "--card", "es").stdout
+        known = "1.500 versos.txt (1.234.567 bytes, UTF-8,"
+        expected = f"{known} {words}), {known} un documento por línea), pairs.tsv (1.300 ejemplos)"
+        assert f"| entrenado con | {expected} |" in card, card
+    text = re.sub("```.*?```|^---.*?---", "", card, flags=re.S).replace("pairs.tsv", "")
+    assert not re.search(r"\b(prompts?|layers|sep|the|of|with|trained|weights)\b", text), text
+    assert "fecha | 20" not in card and re.search(r"fecha \| \d+ de [a-z]+ de 20\d\d \|", card)
+    english = run("info", "a.pt", "--card", "en").stdout
+    assert "1.500 versos.txt (1,234,567 bytes, utf-8, --sep file)" in english
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,26 @@ def test_a_run_is_resumed_as_it_was_started(texts: Path, monkeypatch: pytest.Mon
         train_lm(corpus, options=further(texts, "own", resume=True))
 
 
+def test_the_command_that_resumes_a_run_is_named(texts: Path, run: Run) -> None:
+    """And it works, to the end of a run that has ended already."""
+    args = ("new.txt", "--ckpt", "old", "--out_dir", "part", "--steps", "2", "--set", "lr=1e-3")
+    assert run("pretrain", *args).returncode == 0
+    for words in (("--out_dir", "part"), ("--ckpt", "old", *args[3:5])):  # the text is missing
+        line = one_line_error_of(run("pretrain", *words, "--resume"))
+        named = line.partition("continue it with hrm-esp ")[2]
+        assert named == " ".join(("pretrain", *args, "--resume"))
+    assert run(*named.split()).returncode == 0
+    # The command of the resumed run is that of the run.
+    assert line.endswith(named) and line == one_line_error_of(run("pretrain", *words, "--resume"))
+
+
+def one_line_error_of(out: "subprocess.CompletedProcess[str]") -> str:
+    """The error at the end of what a run says before."""
+    assert out.returncode == 2 and "Traceback" not in out.stderr, out.stderr
+    (line,) = (x for x in out.stderr.splitlines() if x.startswith("hrm-esp: error: "))
+    return line
+
+
 def test_what_is_scored_is_not_trained_on(texts: Path) -> None:
     """Of the old text and of the new one."""
     scored, copied = "Una línea vieja que se evalúa aparte.", "Otra línea nueva que se evalúa."

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_esp import train_ft, train_lm
+from hrm_esp.cli.command_line import parse_command_line
 from hrm_esp.config import FinetuneConfig, GenerationConfig, HRMConfig, PretrainConfig
 from hrm_esp.continue_config import ContinueConfig
 from hrm_esp.errors import HRMError
-from hrm_esp.training import memory
+from hrm_esp.training import finetune, memory, pretrain
 
 CONFIGS = (HRMConfig, PretrainConfig, ContinueConfig, FinetuneConfig, GenerationConfig)
 FIELDS = [(config, f.name) for config in CONFIGS for f in fields(config)]
@@ -102,6 +103,35 @@ def test_a_number_out_of_range_is_one_line(
     assert out.stderr.startswith("hrm-esp: error: ") and str(args[-2])[2:] in out.stderr
 
 
+FLOAT_FLAGS = [
+    *[(("pretrain", f"--{name}"), name) for name in ("minutes", "lr", "dropout", "decay")],
+    *[(("pretrain", "--set"), name) for name in ("val_fraction", "count_memory", "save_every")],
+    *[(("finetune", f"--{name}"), name) for name in ("minutes", "lr", "dropout", "weight_decay")],
+    *[(("generate", f"--{name}"), name) for name in ("temperature", "top_p", "min_p", "guidance")],
+    (("restore", "--min_p"), "min_p"),
+]
+
+
+@pytest.mark.parametrize(("words", "name"), FLOAT_FLAGS, ids=lambda value: "".join(value))
+def test_a_decimal_comma_is_a_point(words: tuple[str, str], name: str) -> None:
+    command, flag = words
+    for written in ("0,5", "0.5"):
+        value = f"{name}={written}" if flag == "--set" else written
+        assert getattr(parse_command_line([command, flag, value]), name) == 0.5
+    assert parse_command_line(["pretrain", "--lr", "1,5e-3"]).lr == 1.5e-3
+
+
+@pytest.mark.parametrize("text", ["1,000", "12,500", "1,234,567"])
+def test_a_comma_that_may_separate_thousands_is_refused(text: str) -> None:
+    for words in (["--minutes", text], ["--set", f"minutes={text}"], [f"--decay={text}"]):
+        with pytest.raises(HRMError, match="thousands or decimals"):
+            parse_command_line(["pretrain", *words])
+    with pytest.raises(HRMError):
+        parse_command_line(["pretrain", "--minutes", "1,5,5"])
+    with pytest.raises(HRMError):
+        parse_command_line(["pretrain", "--steps", "1,5"])
+
+
 def test_a_model_larger_than_memory_is_refused_before_it_is_built(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     (tmp_path / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
@@ -128,3 +158,27 @@ def test_what_fits_into_memory_is_trained(
     train_ft(tmp_path / "pairs.tsv", start, FinetuneConfig(**huge))
     with pytest.raises(HRMError, match=r"a batch of this size .* --batch_size or --max_len"):
         train_lm(tmp_path / "long.txt", CONFIG, PretrainConfig(**huge))
+
+
+def test_the_batch_of_a_resumed_run_is_the_saved_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is checked for it, not for the default of the device, which may be another one now."""
+    (tmp_path / "text.txt").write_text(TEXT * 9, encoding="utf-8")
+    (tmp_path / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
+    checked = []
+
+    def check(config: HRMConfig, device: object, n_rows: int = 0, length: int = 0) -> None:
+        checked.append(n_rows)
+
+    monkeypatch.setattr(pretrain, "check_memory", check)
+    monkeypatch.setattr(finetune, "check_memory", check)
+    options = {"steps": 1, "out_dir": str(tmp_path / "a")}
+    for size in (3, None):
+        changes = {**options, "batch_size": size, "resume": size is None}
+        last = train_lm(tmp_path / "text.txt", CONFIG, PretrainConfig(**changes)).last
+    assert checked == [3, 3]
+    for size in (1, None):
+        changes = {**options, "batch_size": size, "resume": size is None}
+        train_ft(tmp_path / "pairs.tsv", last, FinetuneConfig(**changes))
+    assert checked == [3, 3, CONFIG.max_len, CONFIG.max_len]

@@ -22,6 +22,12 @@ def test_curves_are_drawn_in_the_format_of_the_name(
         assert b"bits per byte" in drawn or drawn.count(b"<path") > 50
 
 
+def test_the_folder_is_that_of_the_other_commands_by_default(trained: Path, run: Run) -> None:
+    out = run("plot", "-o", "default.svg", cwd=trained)
+    assert out.returncode == 0 and out.stdout == "default.svg\n", out.stderr
+    (trained / "default.svg").unlink()
+
+
 def test_a_log_cut_short_is_drawn(run: Run, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"stage": "pretrain", "step": 1, "seconds": 2.0, "train_bpb": 3.0, "bytes_seen": 9}\n{"sta'

@@ -45,6 +45,37 @@ def test_warnings_name_the_flag_that_helps() -> None:
     assert {"little", "more"} < warned(TEXT, 10**6) and "--size" not in warned(TEXT, 10**6)  # tiny
 
 
+def test_a_smaller_size_is_named_only_if_there_is_one(run: Run, tmp_path: Path) -> None:
+    """Not to a tiny model, whatever its other dimensions are, nor to that of a checkpoint."""
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "b.txt").write_text(TEXT.upper(), encoding="utf-8")
+    few = ("--steps", "1", "--max_len", "64")
+    for args, is_advised in (
+        (("a.txt", "--size", "tiny", "--n_plan_codes", "64", *few), False),
+        (("b.txt", "--ckpt", "checkpoints", "--steps", "1", "--out_dir", "b"), False),
+        (("a.txt", *few, "--out_dir", "c"), True),
+    ):
+        out = run("pretrain", *args)
+        assert out.returncode == 0 and "warning: little text for" in out.stderr, out.stderr
+        assert ("--size tiny" in out.stderr) == is_advised, out.stderr
+
+
+@pytest.mark.parametrize("n_bytes", [0, 500, 2047, 2048])
+def test_a_score_that_means_nothing_is_announced(run: Run, tmp_path: Path, n_bytes: int) -> None:
+    """Held out are so many bytes of another text, or the end of a small one."""
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "val.txt").write_text("x" * (n_bytes - 1), encoding="utf-8")
+    val = ("--val", "val.txt") if n_bytes else ()
+    out = run("pretrain", "a.txt", "--steps", "1", *SMALL, *val)
+    assert out.returncode == 0, out.stderr
+    warned = [x for x in out.stderr.splitlines() if "held-out bytes" in x]
+    assert len(warned) == (n_bytes < 2048) and all("--val" in x for x in warned), out.stderr
+    if not n_bytes:
+        again = run("pretrain", "a.txt", "--steps", "1", *SMALL, "--overwrite",
+                    "--set", "val_fraction=0")  # fmt: skip
+        assert again.returncode == 0 and "held-out bytes" not in again.stderr
+
+
 def test_an_empty_corpus_has_statistics() -> None:
     assert isinstance(corpus_stats(stream("\n")), CorpusStats)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..files import PathLike
 from ..model.skeleton import skeleton
 from ..training import checkpoint_path, load_checkpoint
 from ..training.weights import ENTRIES
+from .spanish import spanish_date, spanish_number
 
 # What the files of a run folder are for, by the ends of their names, and whether to keep them.
 FILES = {
@@ -27,7 +27,18 @@ FILES = {
     ".pt": ("a model during the run", "may be deleted"),
 }
 UNKNOWN = "-"
-SWAPPED = str.maketrans(",.", ".,")
+# What a stage was trained on: a text, or pairs.
+TEXT = {
+    "en": "{data} ({bytes} bytes, {encoding}, --sep {sep})",
+    "es": "{data} ({bytes} bytes, {encoding}, {sep})",
+}
+PAIRS = {"en": "{data} ({rows} prompts)", "es": "{data} ({rows} ejemplos)"}
+SPANISH_SEP = {
+    "line": "un documento por línea",
+    "blank": "una línea en blanco entre párrafos",
+    "stanza": "una línea en blanco entre estrofas",
+    "file": "un documento por archivo",
+}
 FRONT_MATTER = """---
 language: es
 library_name: hrm-esp
@@ -38,13 +49,13 @@ pipeline_tag: text-generation
 CARDS = {
     "es": """# {name}
 
-Modelo de lenguaje para el español, byte a byte, entrenado con HRM-ESP {version}.
+Modelo de lenguaje en español que lee y escribe bytes, entrenado con HRM-ESP {version}.
 
 | | |
 | --- | --- |
-| tamaño | {weights:,} pesos y {counts:,} conteos de n-gramas |
+| tamaño | {weights} parámetros y {counts} conteos de n-gramas |
 | entrenado con | {data} |
-| bytes leídos en el entrenamiento | {seen:,} |
+| bytes leídos en el entrenamiento | {seen} |
 | bits por byte en datos no vistos | {score} |
 | fecha | {date} |
 
@@ -60,9 +71,9 @@ A byte-level language model for Spanish, trained with HRM-ESP {version}.
 
 | | |
 | --- | --- |
-| size | {weights:,} weights and {counts:,} n-gram counts |
+| size | {weights} weights and {counts} n-gram counts |
 | trained on | {data} |
-| bytes seen in training | {seen:,} |
+| bytes seen in training | {seen} |
 | bits per byte on held-out data | {score} |
 | date | {date} |
 
@@ -78,8 +89,9 @@ What it writes resembles the texts that it was trained on, but is no reliable in
 @dataclass
 class Facts:
     """What is known about a checkpoint. ``weights`` and ``counts`` are numbers of weights and of
-    entries in the table of n-gram counts. ``columns``: of the table that it was finetuned on; empty
-    if they are not known."""
+    entries in the table of n-gram counts; ``texts``: what is known about each text or table that it
+    was trained on, the oldest first; ``columns``: of the table that it was finetuned on, empty if
+    they are not known."""
 
     name: str
     file: str
@@ -87,7 +99,7 @@ class Facts:
     size: str
     weights: int
     counts: int
-    data: str
+    texts: list[dict[str, Any]]
     columns: str
     seen: int
     steps: int
@@ -115,7 +127,7 @@ def read_facts(path: Path) -> Facts:
         size=size_name(checkpoint.config),
         weights=skeleton(checkpoint.config).n_parameters(),
         counts=n_counts,
-        data=", ".join(filter(None, map(describe_data, texts))) or UNKNOWN,
+        texts=texts,
         columns=describe_columns(checkpoint.columns),
         seen=checkpoint.bytes_seen,
         steps=checkpoint.step,
@@ -134,15 +146,26 @@ def size_name(config: HRMConfig) -> str:
     return f"{config.n_layers_enc} + {config.n_layers_dec} layers of {config.d_model}"
 
 
-def describe_data(origin: dict[str, Any]) -> str:
-    """Returns what a stage was trained on, in words; nothing if that is unknown."""
-    if "data" not in origin:
-        return ""
-    if "rows" in origin:
-        return f"{origin['data']} ({origin['rows']:,} prompts)"
-    return (
-        f"{origin['data']} ({origin['bytes']:,} bytes, {origin['encoding']}, --sep {origin['sep']})"
-    )
+def describe_data(texts: list[dict[str, Any]], language: str = "en") -> str:
+    """Returns what a checkpoint was trained on, in words."""
+    return ", ".join(describe_text(t, language) for t in texts if "data" in t) or UNKNOWN
+
+
+def describe_text(known: dict[str, Any], language: str) -> str:
+    """Returns what a stage was trained on, in words."""
+    numbers = {n: localized(f"{known[n]:,}", language) for n in ("bytes", "rows") if n in known}
+    values = known | numbers
+    if "rows" in known:
+        return PAIRS[language].format_map(values)
+    if language == "es":
+        sep = SPANISH_SEP.get(known["sep"], known["sep"])
+        values |= {"encoding": known["encoding"].upper(), "sep": sep}
+    return TEXT[language].format_map(values)
+
+
+def localized(number: str, language: str) -> str:
+    """Returns a number as a language writes it."""
+    return spanish_number(number) if language == "es" else number
 
 
 def describe_columns(columns: PairColumns | None) -> str:
@@ -164,7 +187,7 @@ def describe(path: PathLike) -> Iterator[str]:
         ("checkpoint", path),
         ("stage", known.stage),
         ("size", f"{known.size}: {known.weights:,} weights, {known.counts:,} n-gram counts"),
-        ("trained on", known.data),
+        ("trained on", describe_data(known.texts)),
         ("columns", known.columns),
         ("seen", f"{known.seen:,} bytes in {known.steps:,} steps"),
         ("held out", f"{known.score} bits per byte"),
@@ -189,13 +212,10 @@ def card(path: PathLike, language: str) -> str:
     Raises:
         HRMError: see `load_checkpoint` and `checkpoint_path`.
     """
-    path = checkpoint_path(path)
-    text = CARDS[language].format_map(vars(read_facts(path)))
-    if language == "es":  # 7,706,661 is 7.706.661, and 1.450 is 1,450
-        parts = text.split("```")  # every second one is code
-        parts[::2] = [
-            re.sub(r"(?<=[| (])\d[\d,.]*(?= )", lambda m: m[0].translate(SWAPPED), part)
-            for part in parts[::2]
-        ]
-        text = "```".join(parts)
-    return FRONT_MATTER + text
+    known = read_facts(checkpoint_path(path))
+    numbers = {"weights": f"{known.weights:,}", "counts": f"{known.counts:,}"}
+    numbers |= {"seen": f"{known.seen:,}", "score": known.score}
+    values = vars(known) | {name: localized(text, language) for name, text in numbers.items()}
+    values["data"] = describe_data(known.texts, language)
+    values["date"] = spanish_date(known.date) if language == "es" else known.date
+    return FRONT_MATTER + CARDS[language].format_map(values)

@@ -7,9 +7,11 @@ import html
 import itertools
 from collections.abc import Iterable, Iterator
 
-from ..evaluation import Surprisal
+from ..evaluation import Surprisal, TextScore
+from .spanish import spanish_number
 
 LIMITS = (2, 4, 6, 8, 11, 14, 18, 24)  # bits from which a word is a shade darker
+# The page is in Spanish, as what it shows.
 PAGE = """<!DOCTYPE html>
 <html lang="es">
 <head>
@@ -27,7 +29,7 @@ span {{ padding: .1em .15em; border-radius: .2em; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p>{score}</p>
+<p>{bits} bits por byte en {n} bytes</p>
 <p class="key">bits: {key}</p>
 """
 
@@ -37,23 +39,45 @@ def shade(bits: float) -> int:
     return bisect.bisect_right(LIMITS, bits)
 
 
-def page(words: Iterable[Surprisal], title: str, score: str) -> Iterator[str]:
-    """Yields the parts of a page without scripts that shows words by their surprisal."""
+def page(
+    words: Iterable[Surprisal], title: str, score: TextScore, is_wrapped: bool = False
+) -> Iterator[str]:
+    """Yields the parts of a page without scripts that shows words by their surprisal.
+
+    Args:
+        score: of all words.
+        is_wrapped: lines that follow each other in the file are one paragraph.
+    """
     styles = "\n".join(
         f".b{i} {{ background: hsl(0 0% {100 - 5 * i}%); border-bottom: {i / 3:.1f}px solid }}"
         for i in range(len(LIMITS) + 1)
     )
     lows = (0, *LIMITS)
-    key = " ".join(f'<span class="b{i}">from {low}</span>' for i, low in enumerate(lows))
-    yield PAGE.format(title=html.escape(title), score=html.escape(score), styles=styles, key=key)
-    for _, line in itertools.groupby(words, lambda word: word.line):
+    key = " ".join(f'<span class="b{i}">desde {low}</span>' for i, low in enumerate(lows))
+    yield PAGE.format(
+        title=html.escape(title), styles=styles, key=key,
+        bits=spanish_number(f"{score.bits_per_byte:.3f}"), n=spanish_number(f"{score.n:,}"),
+    )  # fmt: skip
+    for paragraph in paragraphs(words, 1 if is_wrapped else 0):
         spans = (
-            f'<span class="b{shade(word.bits)}" title="{word.bits:.1f} bits">'
+            f'<span class="b{shade(word.bits)}" title="{spanish_number(f"{word.bits:.1f}")} bits">'
             f"{html.escape(word.text)}</span>"
-            for word in line
+            for word in paragraph
         )
         yield f"<p>{' '.join(spans)}</p>\n"
     yield "</body>\n</html>\n"
+
+
+def paragraphs(words: Iterable[Surprisal], step: int) -> Iterator[list[Surprisal]]:
+    """Yields the words of each group of lines whose numbers differ by at most ``step``."""
+    group: list[Surprisal] = []
+    for word in words:
+        if group and word.line > group[-1].line + step:
+            yield group
+            group = []
+        group.append(word)
+    if group:
+        yield group
 
 
 def terminal_lines(words: Iterable[Surprisal]) -> Iterator[str]:

@@ -295,13 +295,12 @@ def write_completions(
 def check_out(args: argparse.Namespace) -> None:
     """Raises HRMError if the table of -o cannot be written."""
     from ..data import check_table_name
+    from ..files import check_output
 
     if args.json:
         raise HRMError("give --json or -o, not both")
     check_table_name(args.out)
-    exist = args.prompts and Path(args.prompts).exists() and Path(args.out).exists()
-    if exist and Path(args.out).samefile(args.prompts):
-        raise HRMError(f"-o would overwrite {args.prompts}: give another file")
+    check_output("-o", args.out, args.prompts, is_replaced=False)
 
 
 def read_prompts(path: str, encoding: str) -> Iterator[str]:

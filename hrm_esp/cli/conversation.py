@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import GenerationConfig
 from ..errors import HRMError
+from ..options import number
 from .common import clean_argument
 
 if TYPE_CHECKING:
     from ..model import HRMModel
 
 # Name of the command, the field that it sets, the type of its value, and its help.
-SETTINGS: dict[str, tuple[str, type, str]] = {
-    "/temperature": ("temperature", float, "0 is greedy; higher is more varied"),
+SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "/temperature": ("temperature", number, "0 is greedy; higher is more varied"),
     "/seed": ("seed", int, "the same seed and line give the same text"),
     "/plan": ("plan_code", int, "use the plan of code N; without N, the plan of the line"),
     "/length": ("max_new_tokens", int, "maximum number of bytes"),
@@ -87,7 +89,7 @@ def change(config: GenerationConfig, name: str, value: str) -> GenerationConfig:
         changes["plan_from"] = None
     if value:
         try:
-            changes[field] = kind(value.replace(",", "."))  # 0,6 as in Spanish
+            changes[field] = kind(value)
         except ValueError as error:
             raise HRMError(f"{name}: {value!r} is not a number") from error
     elif field == "plan_code":

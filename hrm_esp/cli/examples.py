@@ -65,7 +65,7 @@ examples:
 """,
     "plot": """\
 examples:
-  hrm-esp plot checkpoints
+  hrm-esp plot
   hrm-esp plot small base -o comparison.svg
 """,
 }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 
 from .. import launch
 from ..errors import HRMError, Interrupted, PeerLost
-from ..launch import launched_rank
+from ..launch import launched_rank, resume_command
 from ..streams import STDERR, discard_output, flush_stdout, prepare_standard_streams
 from .command_line import parse_command_line
 from .commands import COMMANDS
@@ -31,7 +30,8 @@ def run_command(argv: Sequence[str]) -> int:
         args = parse_command_line(argv)
     except HRMError as error:  # the same in all processes: only the first reports it
         return 2 if launched_rank() else report_error(str(error))
-    launch.command_line = shlex.join(["hrm-esp", *argv])
+    words = ["hrm-esp", *argv]
+    launch.command_line = shlex.join(words)
     try:
         COMMANDS[args.command](args)
         if sys.stdout is not None:
@@ -41,7 +41,7 @@ def run_command(argv: Sequence[str]) -> int:
         if launched_rank() == 0:
             print(file=STDERR)
             if isinstance(error, Interrupted):
-                print(f"saved: continue with {resume_command(argv)}", file=STDERR)
+                print(f"saved: continue with {resume_command(words)}", file=STDERR)
             elif str(error):  # says what was interrupted
                 print(error, file=STDERR)
         return 130
@@ -78,13 +78,3 @@ def describe_system_error(error: BaseException) -> str | None:
     if "C++ compiler" in text or "C compiler" in text:
         return "--set compile=true needs a C++ compiler: install one, or leave it out"
     return None
-
-
-def resume_command(argv: Sequence[str]) -> str:
-    """Returns the command that continues the run which ``argv`` started."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "the same torchrun command and --resume"
-    command, *rest = argv
-    end = rest.index("--") if "--" in rest else len(rest)  # what follows are no flags
-    flags = [word for word in rest[:end] if word not in ("--resume", "--overwrite")]
-    return shlex.join(["hrm-esp", command, *flags, "--resume", *rest[end:]])

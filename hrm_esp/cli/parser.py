@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar
 
@@ -30,12 +30,13 @@ from ..config import (
 )
 from ..continue_config import ContinueConfig
 from ..errors import HRMError
+from ..options import number
 from .examples import EXAMPLES
 
 Config = TypeVar("Config")
 DESCRIPTION = "A byte-level language model for Spanish with a Planner and an Executor."
 TRAIN_GROUPS = ("data", "model", "training", "run")
-TYPES = {"int": int, "float": float, "str": str}
+TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": number, "str": str}
 OF_MODEL = ("default: ", "default: as in finetuning, else ")
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -216,7 +217,7 @@ def _add_restore(parser: argparse.ArgumentParser) -> None:
         help=f"pretrained checkpoint, or the folder of its run (default: {DEFAULT_DIR})",
     )
     parser.add_argument(
-        "--min_p", type=float, default=0.0, metavar="P",
+        "--min_p", type=number, default=0.0, metavar="P",
         help="leave a word as it is unless its new form has this probability (default: 0)",
     )  # fmt: skip
     parser.add_argument(
@@ -280,7 +281,8 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="the --out_dir of a run")
+    parser.add_argument("folders", nargs="*", default=[DEFAULT_DIR], metavar="RUN_FOLDER",
+                        help=f"the --out_dir of a run (default: {DEFAULT_DIR})")  # fmt: skip
     parser.add_argument("-o", "--out", default="curves.png", metavar="FILE",
                         help=".png, .svg or .pdf (default: curves.png)")  # fmt: skip
 
@@ -339,10 +341,10 @@ def options(*configs: type) -> dict[str, Field[Any]]:
     return found
 
 
-def option_type(f: Field[Any]) -> type:
-    """Returns the type of an option's value on the command line."""
-    explicit: type | None = f.metadata.get("type")
-    return explicit or TYPES[type(f.default).__name__]
+def option_type(f: Field[Any]) -> Callable[[str], Any]:
+    """Returns what makes an option's value of a text of the command line."""
+    kind: type = f.metadata.get("type") or type(f.default)
+    return TYPES[kind.__name__]
 
 
 def option_default(f: Field[Any]) -> str:

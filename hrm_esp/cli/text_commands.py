@@ -68,49 +68,57 @@ def show_surprisal(args: argparse.Namespace) -> None:
         raise HRMError("--html shows words: leave out --by")
     if args.html is not None and args.json:
         raise HRMError("give --html or --json, not both")
+    from ..files import atomic_write, check_output
+
     if args.html is not None:
         check_output("--html", args.html, args.file)
     model = load_model(args)
 
     from ..analysis.surprisal import page, terminal_lines
+    from ..data import is_table
     from ..evaluation import TextScore
-    from ..files import atomic_write
 
-    found = list(surprisals(model, args))
+    found, is_text = list(surprisals(model, args)), not is_table(args.file)
+    shown = columns(args.by or "word", "line" if is_text else "row")
     n_bytes = sum(part.n_bytes for part in found)
     score = TextScore(sum(part.bits for part in found) / max(1, n_bytes), n_bytes)
     if args.html is not None:
         file_name = Path(args.file).name.encode(errors="replace").decode()
+        is_wrapped = is_text and (args.sep or model.config.sep) == "blank"
         with atomic_write(Path(args.html).resolve()) as file:
-            for text in page(found, file_name, str(score)):
+            for text in page(found, file_name, score, is_wrapped):
                 file.write(text.encode())
         print(args.html)
     elif args.json:
         for part in found:
-            print(to_json({name: getattr(part, field) for name, field in columns(args.by)}))
+            print(to_json({name: getattr(part, field) for name, field in shown}))
     elif args.by == "word" and sys.stdout.isatty():
         for line in terminal_lines(found):
             print(line)
     else:
-        print("\t".join(name for name, _ in columns(args.by)))
+        print("\t".join(name for name, _ in shown))
         for part in found:
-            values = (getattr(part, field) for _, field in columns(args.by))
+            values = (getattr(part, field) for _, field in shown)
             print("\t".join(f"{v:.6f}" if isinstance(v, float) else str(v) for v in values))
     print(score, file=STDERR)
 
 
-def columns(by: str) -> list[tuple[str, str]]:
-    """Returns the names of the columns of --by, and the fields of `Surprisal` that they show."""
+def columns(by: str, unit: str) -> list[tuple[str, str]]:
+    """Returns the names of the columns of --by, and the fields of `Surprisal` that they show.
+
+    Args:
+        unit: ``line`` of a text, or ``row`` of a table.
+    """
     number = [] if by == "line" else [(f"{by}_no", "number")]
     size = [] if by == "byte" else [("bytes", "n_bytes")]
     text = "text" if by == "line" else by
-    return [("line", "line"), *number, (text, "text"), ("bits", "bits"), *size]
+    return [(unit, "line"), *number, (text, "text"), ("bits", "bits"), *size]
 
 
 def surprisals(model: HRMModel, args: argparse.Namespace) -> Iterator[Surprisal]:
     """Yields the surprisal of each part of a file."""
     from ..console import progress_bar
-    from ..data import dataset_tsv, is_table, load_stream
+    from ..data import LineNumbers, dataset_tsv, is_table, load_stream
     from ..device import choose_precision
     from ..evaluation import target_surprisals, text_surprisals
 
@@ -130,9 +138,12 @@ def surprisals(model: HRMModel, args: argparse.Namespace) -> Iterator[Surprisal]
             file=STDERR,
         )
     sep = model.config.sep if args.sep is None else args.sep
-    stream = load_stream([args.file], args.encoding, sep=sep, keep_licence=args.keep_licence)
+    lines = LineNumbers()
+    stream = load_stream(
+        [args.file], args.encoding, sep=sep, keep_licence=args.keep_licence, lines=lines
+    )
     with progress_bar(len(stream), "B") as bar:
-        yield from text_surprisals(model, stream, by, dtype, args.batch_size, bar.update)
+        yield from text_surprisals(model, stream, lines, by, dtype, args.batch_size, bar.update)
 
 
 def restore(args: argparse.Namespace) -> None:
@@ -140,10 +151,11 @@ def restore(args: argparse.Namespace) -> None:
     check_bounds("min_p", args.min_p, low=0, high=1)
     if (args.diff, args.json, args.out is not None).count(True) > 1:
         raise HRMError("give one of --diff, --json and -o")
+    from ..files import atomic_write, check_output
+
     if args.out is not None:
         check_output("-o", args.out, args.file)
 
-    from ..files import atomic_write
     from ..restoration import Restorer, TextBlocks
     from ..training import find_checkpoint
 
@@ -185,7 +197,7 @@ def pairs(args: argparse.Namespace) -> None:
     check_bounds("max_bytes", args.max_bytes, low=1, high=MAX_COUNT)
 
     from ..data import accent_pairs
-    from ..files import atomic_write
+    from ..files import atomic_write, check_output
 
     rows = accent_pairs(args.text, args.max_bytes, args.encoding)
     lines = (f"{prompt}\t{target}\n" for prompt, target in rows)
@@ -202,15 +214,6 @@ def pairs(args: argparse.Namespace) -> None:
         if not n:
             raise HRMError(f"no sentence of at most {args.max_bytes} bytes in {args.text}")
     print(f"{n:,} pairs in {args.out}")
-
-
-def check_output(flag: str, path: str, source: str) -> None:
-    """Raises HRMError if a file cannot be written, or is the one that is read."""
-    out = Path(path).resolve()
-    if not out.parent.is_dir() or (out.exists() and not out.is_file()):
-        raise HRMError(f"cannot write {path}: give a file in a folder that exists")
-    if out.exists() and Path(source).exists() and out.samefile(source):
-        raise HRMError(f"{flag} would overwrite {source}: give another file")
 
 
 def info(args: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from .table import check_table_name as check_table_name
 from .table import is_table as is_table
 from .table import read_table as read_table
 from .table import write_table as write_table
+from .text import LineNumbers as LineNumbers
 from .text import TextStats as TextStats
 from .text import document_bytes as document_bytes
 from .text import document_text as document_text

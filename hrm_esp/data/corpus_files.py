@@ -56,7 +56,7 @@ def text_files(paths: Sequence[PathLike]) -> list[Path]:
                 raise HRMError(f"no {' or '.join(TEXT_SUFFIXES)} file in the folder {path}{found}")
         else:
             if not path.exists():
-                raise HRMError(f"no such file: {path}")
+                raise missing_file(path)
             check_suffix(path)
             inside = [path]
         for file in inside:
@@ -64,6 +64,11 @@ def text_files(paths: Sequence[PathLike]) -> list[Path]:
     if skipped:
         print0(f"skipped {_describe(skipped)}")
     return list(files.values())
+
+
+def missing_file(path: PathLike) -> HRMError:
+    """Returns the error for a file that does not exist."""
+    return HRMError(f"no such file: {path}: check the name and the folder")
 
 
 def check_suffix(path: PathLike) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 import re
 
-# UTF-32 before UTF-16: its mark begins with that of UTF-16.
+# Byte order marks, and the encodings that skip them, and that read them as a character. UTF-32 is
+# before UTF-16: its mark begins with that of UTF-16.
 MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: ("utf-8-sig", "utf-8"),
+    codecs.BOM_UTF32_LE: ("utf-32", "utf-32-le"),
+    codecs.BOM_UTF32_BE: ("utf-32", "utf-32-be"),
+    codecs.BOM_UTF16_LE: ("utf-16", "utf-16-le"),
+    codecs.BOM_UTF16_BE: ("utf-16", "utf-16-be"),
 }
 OLD_ENCODINGS = ("latin-1", "cp1252", "cp850", "mac_roman")
 LETTERS = frozenset("áéíóúüñÁÉÍÓÚÜÑ")
@@ -30,9 +31,10 @@ def is_utf8(encoding: str) -> bool:
     return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
-def marked_encoding(head: bytes) -> str | None:
-    """Returns the encoding that a byte order mark names, if there is one."""
-    return next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+def marked_encoding(head: bytes, keep_mark: bool = False) -> str | None:
+    """Returns the encoding that a byte order mark names, if there is one: one that skips the mark,
+    or that reads it as a character."""
+    return next((names[keep_mark] for mark, names in MARKS.items() if head.startswith(mark)), None)
 
 
 def guess_encoding(data: bytes) -> str | None:

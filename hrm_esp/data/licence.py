@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterable
+from typing import TypeVar
 
+Line = TypeVar("Line", bound=str)
 HINTS = ("***", "*end*", "gutenberg")  # a cheap test before the regular expressions
 START = re.compile(
     r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG|^\*END\* ?THE SMALL PRINT", re.IGNORECASE
@@ -16,7 +18,7 @@ END = re.compile(
 MAX_HEADER_LINES = 1000  # lines before START that are held back until it comes
 
 
-def cut_licence(lines: Iterable[str]) -> Generator[str, None, int]:
+def cut_licence(lines: Iterable[Line]) -> Generator[Line, None, int]:
     """Yields the lines of a text without Project Gutenberg's licence: without what stands before
     ``*** START OF ...``, and from ``*** END OF ...`` to the end or to the next ``*** START``. Old
     files have other such lines.
@@ -25,7 +27,7 @@ def cut_licence(lines: Iterable[str]) -> Generator[str, None, int]:
         The number of lines that were cut.
     """
     n_cut = 0
-    held_back: list[str] | None = []  # lines that are part of the licence if START comes
+    held_back: list[Line] | None = []  # lines that are part of the licence if START comes
     is_after_end = False
     for line in lines:
         is_marked = any(hint in line.lower() for hint in HINTS)

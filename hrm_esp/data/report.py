@@ -17,7 +17,11 @@ SPANISH = re.compile(rb"\b(?:de|la|que|el|en|y|los|se)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(rb"[.!?:)'\"\xbb]\s*$|\xe2\x80[\xa6\x99\x9d]\s*$")  # ... and quotes, too
 MIN_COMMON_WORDS = 12  # in 1,000 bytes: Spanish prose has about 40, English 2
 MIN_BYTES_PER_WEIGHT = 1 / 20  # with less text the model overfits
-SMALLER_SIZES = {"small": 7_700_000, "tiny": 1_400_000}  # at most so many weights, see --size
+SMALLER_SIZES = {"small": 7_700_000, "tiny": 1_440_000}  # weights, see --size
+# Held-out bytes from which a score means something: the standard error over parts of *Don Quijote*
+# is then 0.09 bits per byte (0.14 over 500 bytes, 0.05 over 8,000).
+MIN_SCORED_BYTES = 2048
+MUCH_SMALLER = 2  # times: other dimensions change the weights of a --size by less
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,20 @@ class CorpusStats:
             f"median length {self.median:,} bytes, longest {self.longest:,}"
         )
 
-    def warnings(self, n_parameters: int, sep: str = "line") -> Iterator[str]:
+    def warnings(
+        self,
+        n_parameters: int,
+        sep: str = "line",
+        is_new_model: bool = True,
+        n_held_out: int = 0,
+    ) -> Iterator[str]:
         """Yields what may go wrong, with the flag that helps.
 
         Args:
             n_parameters: of the model.
             sep: what ended a document of the corpus.
+            is_new_model: it may have another --size.
+            n_held_out: bytes that are held out.
         """
         if self.hard_wrapped and sep == "line":
             yield (
@@ -70,7 +82,8 @@ class CorpusStats:
         if self.common_words < MIN_COMMON_WORDS:
             yield "this does not look like Spanish: check --encoding"
         if self.bytes < n_parameters * MIN_BYTES_PER_WEIGHT:
-            smaller = {s: n for s, n in SMALLER_SIZES.items() if n < n_parameters}
+            most = n_parameters / MUCH_SMALLER if is_new_model else 0
+            smaller = {s: n for s, n in SMALLER_SIZES.items() if n <= most}
             fitting = [s for s, n in smaller.items() if self.bytes >= n * MIN_BYTES_PER_WEIGHT]
             advice = "more text"
             if fitting:
@@ -78,6 +91,11 @@ class CorpusStats:
             elif smaller:
                 advice = "--size tiny and more text"
             yield f"little text for {n_parameters:,} weights, which may memorize it: give {advice}"
+        if 0 < n_held_out < MIN_SCORED_BYTES:
+            yield (
+                f"the score of fewer than {MIN_SCORED_BYTES:,} held-out bytes means little, it may "
+                "be off by 0.2 bits per byte and more: give more text, or --val"
+            )
 
 
 def corpus_stats(stream: ByteStream) -> CorpusStats:

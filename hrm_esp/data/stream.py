@@ -28,6 +28,7 @@ from .held_out import DocumentSet, Removed, stream_units
 from .text import (
     LINE_BREAK,
     MAX_UNDECODABLE,
+    LineNumbers,
     TextStats,
     document_bytes,
     document_text,
@@ -62,12 +63,13 @@ def write_stream(
     sep: str = "line",
     keep_licence: bool = False,
     held_out: ByteStream | None = None,
+    lines: LineNumbers | None = None,
 ) -> None:
     """Writes the documents of ``files`` to ``out``, each followed by a line feed, and prints what
     is odd about them.
 
     Args:
-        held_out: see `load_stream`.
+        held_out, lines: see `load_stream`.
 
     Raises:
         HRMError: a file cannot be read, none holds any text, or an unknown ``sep``.
@@ -76,7 +78,7 @@ def write_stream(
     held_out_units = () if held_out is None else stream_units(held_out)
     excluded = DocumentSet(itertools.chain.from_iterable(held_out_units))
     for path in files:
-        read = partial(load_documents, path, sep=sep, keep_licence=keep_licence)
+        read = partial(load_documents, path, sep=sep, keep_licence=keep_licence, line_numbers=lines)
         removed, stats = write_documents(read, out, encoding, excluded, copies)
         copies.end(path)
         stats.report_guess(path)
@@ -129,6 +131,7 @@ def load_stream(
     sep: str = "line",
     keep_licence: bool = False,
     held_out: ByteStream | None = None,
+    lines: LineNumbers | None = None,
 ) -> ByteStream:
     """Loads text files as one byte stream, memory-mapped.
 
@@ -138,6 +141,7 @@ def load_stream(
             it for this process only.
         sep, keep_licence: see `load_documents`.
         held_out: a stream whose documents are left out, see `DocumentSet.remove_from`.
+        lines: remembers the lines of the stream, where no document is left out and nothing cached.
 
     Raises:
         HRMError: a file cannot be read, or none holds any text that is not held out.
@@ -145,7 +149,7 @@ def load_stream(
     files = text_files(paths)
     if token_file is None:
         with tempfile.TemporaryFile() as file:
-            write_stream(files, file, encoding, sep, keep_licence, held_out)
+            write_stream(files, file, encoding, sep, keep_licence, held_out, lines)
             file.flush()
             return np.memmap(file, dtype=np.uint8, mode="r")
     sources = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]

@@ -18,7 +18,7 @@ from typing import TypeVar, cast
 from ..console import print0
 from ..errors import HRMError
 from ..files import PathLike
-from .corpus_files import check_suffix
+from .corpus_files import check_suffix, missing_file
 from .encodings import (
     DOUBLE_ENCODED,
     guess_encoding,
@@ -27,7 +27,7 @@ from .encodings import (
     marked_encoding,
     unmarked_utf16,
 )
-from .licence import cut_licence
+from .licence import Line, cut_licence
 
 Result = TypeVar("Result")
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # how "surrogateescape" decodes an invalid byte
@@ -166,6 +166,8 @@ def read_errors(path: PathLike, encoding: str) -> Iterator[None]:
         yield
     except LookupError as error:
         raise HRMError(f"unknown encoding {encoding!r}: try utf-8, latin-1 or cp1252") from error
+    except FileNotFoundError as error:
+        raise missing_file(path) from error
     except IsADirectoryError as error:
         raise HRMError(f"{name} is a folder: give a file") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -321,12 +323,61 @@ SPLITTERS: dict[str, Callable[[Iterable[str]], Iterator[str]]] = {
 }
 
 
+class NumberedLine(str):
+    """A line of a text file, and its number in the file."""
+
+    number: int
+
+
+class LineNumbers:
+    """The lines of text files that a stream consists of.
+
+    Iterating yields of each its number in its file, from 1, and its bytes in the stream, with what
+    ends it there. From one file to the next the numbers go on.
+    """
+
+    def __init__(self) -> None:
+        self.n_lines: dict[PathLike, int] = {}  # of each file, blank ones too
+        self.found: dict[PathLike, list[tuple[int, int]]] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return itertools.chain.from_iterable(self.found.values())
+
+    def count(self, path: PathLike, lines: Iterable[str]) -> Iterator[NumberedLine]:
+        """Yields all lines of a file with their numbers. A file may be read again."""
+        self.n_lines[path] = 0
+        n_before = sum(self.n_lines.values())
+        for i, text in enumerate(lines, 1):
+            line = NumberedLine(text)
+            line.number = n_before + i
+            self.n_lines[path] = i
+            yield line
+
+    def record(
+        self, path: PathLike, lines: Iterable[NumberedLine], sep: str
+    ) -> Iterator[NumberedLine]:
+        """Yields the lines of a file that become its documents, and remembers them."""
+        found = self.found[path] = []
+        n_blank = 0
+        for line in lines:
+            if line.strip():
+                text = line if sep == "line" else line.strip() if sep == "blank" else line.rstrip()
+                found.append((line.number, len(to_bytes(text)) + 1))  # as SPLITTERS joins them
+                n_blank = 0
+            elif sep == "file" and found:  # only those between two others
+                found.append((line.number, 1))
+                n_blank += 1
+            yield line
+        del found[len(found) - n_blank :]
+
+
 def load_documents(
     path: PathLike,
     encoding: str = "utf-8",
     sep: str = "line",
     stats: TextStats | None = None,
     keep_licence: bool = False,
+    line_numbers: LineNumbers | None = None,
 ) -> Iterator[str]:
     """Yields the documents of a text file.
 
@@ -337,6 +388,7 @@ def load_documents(
             ``stanza`` (a blank line; line breaks are kept) or ``file``.
         stats: counts the documents and bytes yielded, and what is odd about the text.
         keep_licence: keep Project Gutenberg's licence.
+        line_numbers: remembers the lines of the documents.
 
     Raises:
         HRMError: the file is missing, a folder, or not text; or an unknown ``sep``.
@@ -344,13 +396,19 @@ def load_documents(
     if sep not in SPLITTERS:
         raise HRMError(f"sep must be one of {', '.join(SPLITTERS)}, not {sep!r}")
     stats = TextStats() if stats is None else stats
-    lines = read_lines(path, encoding, stats)
-    for document in SPLITTERS[sep](lines if keep_licence else _without_licence(lines, stats)):
+    lines: Iterator[str] = read_lines(path, encoding, stats)
+    if line_numbers is not None:
+        numbered = line_numbers.count(path, lines)
+        kept = numbered if keep_licence else _without_licence(numbered, stats)
+        lines = line_numbers.record(path, kept, sep)
+    elif not keep_licence:
+        lines = _without_licence(lines, stats)
+    for document in SPLITTERS[sep](lines):
         stats.add(document)
         yield document
 
 
-def _without_licence(lines: Iterable[str], stats: TextStats) -> Iterator[str]:
+def _without_licence(lines: Iterable[Line], stats: TextStats) -> Iterator[Line]:
     stats.licence_lines += yield from cut_licence(lines)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ from ..data import (
 )
 from ..device import adapt_threads, autocast, choose_precision, eval_mode
 from ..errors import HRMError
-from ..files import PathLike
+from ..files import PathLike, check_output
 from ..generation import generate_batch, window_start, window_stride
 from ..generation.decoder import Decoder
 from ..generation.sampling import UTF8_ALLOWED, UTF8_NEXT_STATE
@@ -192,18 +191,30 @@ def score_stream(
     return TextScore(float(bits.sum()) / len(stream), len(stream))
 
 
+def target_bits(
+    model: HRMModel,
+    data: TSVDataset,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Pair, np.ndarray]]:
+    """Yields each row, in any order, and the bits of each token of its target, the end included."""
+    with eval_mode(model):
+        for pairs in data.groups(batch_size, np.arange(len(data))):
+            batch = data.collate(pairs)
+            bits, is_target = batch_bits(model, batch, dtype), (batch.y_out != PAD).numpy()
+            yield from zip(pairs, map(np.compress, is_target, bits), strict=True)
+            if progress is not None:
+                progress(len(pairs))
+
+
 def pair_bits(
     model: HRMModel, data: TSVDataset, dtype: torch.dtype = torch.float32, batch_size: int = 8
 ) -> np.ndarray:
     """Returns the bits of each row's target and its number of tokens, the end included:
     (len(data), 2), in any order."""
-    rows = []
-    with eval_mode(model):
-        for pairs in data.groups(batch_size, np.arange(len(data))):
-            batch = data.collate(pairs)
-            n_tokens = (batch.y_out != PAD).sum(1).numpy()
-            rows.append(np.stack((batch_bits(model, batch, dtype).sum(1), n_tokens), axis=1))
-    return np.concatenate(rows)
+    rows = target_bits(model, data, dtype, batch_size)
+    return np.array([(bits.sum(), len(bits)) for _, bits in rows])
 
 
 @torch.inference_mode()
@@ -388,7 +399,9 @@ def evaluate(
     """
     dtype = choose_precision(model.device, precision)
     if predictions is not None:
-        check_predictions(path, Path(predictions))
+        if not is_table(path):
+            raise HRMError(f"{path} is not a table: there are no predictions to write")
+        check_output("--predictions", predictions, path, is_replaced=False)
     if not is_table(path):
         sep = model.config.sep if sep is None else sep
         text = load_stream([path], encoding, sep=sep, keep_licence=keep_licence)
@@ -412,13 +425,3 @@ def evaluate(
                 columns = document_text(pair.prompt), document_text(pair.target), answer
                 file.write("\t".join(re.sub(r"[\t\r\n]", " ", c) for c in columns) + "\n")
     return score_answers(answers, pair_bits(model, data, dtype))
-
-
-def check_predictions(path: PathLike, predictions: Path) -> None:
-    """Raises HRMError if the predictions of ``path`` cannot be written to ``predictions``."""
-    if not is_table(path):
-        raise HRMError(f"{path} is not a table: there are no predictions to write")
-    if not predictions.parent.is_dir() or predictions.is_dir():
-        raise HRMError(f"cannot write {predictions}: give a file in a folder that exists")
-    if predictions.exists() and predictions.samefile(path):
-        raise HRMError(f"--predictions would overwrite {path}: give another file")

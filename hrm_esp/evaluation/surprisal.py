@@ -7,26 +7,22 @@ bits of all words, lines or bytes, divided by the number of bytes, are the score
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..data import ByteStream, TSVDataset
-from ..data.text import LINE_BREAK
-from ..device import eval_mode
 from ..model import HRMModel
-from ..tokenizer import PAD
-from .scoring import Progress, batch_bits, byte_bits
+from .scoring import Progress, byte_bits, target_bits
 
 WORD = re.compile(r"(?:^\s+)?\S+\s*|^\s+$")
-LINE = re.compile(rf"[^\n{LINE_BREAK}]*[\n{LINE_BREAK}]?".encode())
 
 
 class Surprisal(NamedTuple):
-    """A part of a text: its line, its number in the line, both from 1, its text, its bits and its
-    bytes. Lines are counted without blank ones; of a table, its rows."""
+    """A part of a text: its line in the file, or its row in the table, its number in that, both
+    from 1, its text, its bits and its bytes."""
 
     line: int
     number: int
@@ -38,6 +34,7 @@ class Surprisal(NamedTuple):
 def text_surprisals(
     model: HRMModel,
     stream: ByteStream,
+    lines: Iterable[tuple[int, int]],
     by: str,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
@@ -46,14 +43,15 @@ def text_surprisals(
     """Yields the surprisal of each part of a stream.
 
     Args:
+        lines: number and bytes of each line, see `LineNumbers`.
         by: ``word``, ``line`` or ``byte``.
         dtype, batch_size, progress: see `byte_bits`.
     """
     bits = byte_bits(model, stream, dtype, batch_size, progress)
     begin = 0
-    for number, line in enumerate(filter(None, LINE.findall(bytes(stream))), 1):
-        end = begin + len(line)
-        yield from split_line(number, line, bits[begin:end], by)
+    for number, n_bytes in lines:
+        end = begin + n_bytes
+        yield from split_line(number, bytes(stream[begin:end]), bits[begin:end], by)
         begin = end
 
 
@@ -67,17 +65,7 @@ def target_surprisals(
 ) -> Iterator[Surprisal]:
     """Yields the surprisal of each part of the targets of a table, given their prompts; the token
     that ends a target counts as a byte of it. Arguments as in `text_surprisals`."""
-    bits = {}
-    with eval_mode(model):
-        for pairs in data.groups(batch_size, np.arange(len(data))):
-            batch = data.collate(pairs)
-            is_target = (batch.y_out != PAD).numpy()
-            for pair, row, mask in zip(
-                pairs, batch_bits(model, batch, dtype), is_target, strict=True
-            ):
-                bits[pair] = row[mask]
-            if progress is not None:
-                progress(len(pairs))
+    bits = dict(target_bits(model, data, dtype, batch_size, progress))
     for number, pair in enumerate(data, 1):
         yield from split_line(number, (pair.target + b"\n")[: len(bits[pair])], bits[pair], by)
 

@@ -13,13 +13,6 @@ from ..errors import HRMError
 from ..files import PathLike
 
 BLOCK_BYTES = 2**14
-# Byte order marks, and the encodings that read them as a character.
-MARKED = {
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
 WIDE = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}  # without a mark
 
 
@@ -84,11 +77,8 @@ class TextBlocks:
 
     def _find_encoding(self, data: bytes) -> None:
         """Finds out the encoding from the beginning of a text."""
-        marked = next((name for mark, name in MARKED.items() if data.startswith(mark)), None)
-        if marked is not None:
+        if marked := marked_encoding(data, keep_mark=True):
             self.encoding = marked
-        elif marked_encoding(data) is not None:
-            self.encoding = "utf-8"
         elif not self.is_wide and is_binary(data):
             raise HRMError(f"{display_name(self.path)} is not text in {self.encoding}")
         elif is_utf8(self.encoding):

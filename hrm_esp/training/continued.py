@@ -20,6 +20,7 @@ from ..model import HRMModel
 from ..ngrams.entries import Entries
 from ..ngrams.table import EarlierCounts
 from .checkpoint import Checkpoint, checkpoint_path, load_checkpoint
+from .resume import saved_command
 from .trainer import TrainResult
 from .weights import ENTRIES, TABLE, without_counts
 
@@ -165,12 +166,18 @@ def read_start(options: PretrainConfig, resumed: Checkpoint | None) -> Start | N
     """
     was_continued = resumed is not None and "earlier" in resumed.origin
     if not isinstance(options, ContinueConfig):
-        if was_continued:
-            raise HRMError(f"the run in {options.out_dir} started from a checkpoint: give --ckpt")
+        if resumed is not None and was_continued:
+            raise HRMError(
+                f"the run in {options.out_dir} started from a checkpoint: give --ckpt"
+                f"{saved_command(resumed)}"
+            )
         return None
     if resumed is not None:
         if not was_continued:
-            raise HRMError(f"the run in {options.out_dir} started without --ckpt: leave it out")
+            raise HRMError(
+                f"the run in {options.out_dir} started without --ckpt: leave it out"
+                f"{saved_command(resumed)}"
+            )
         known = resumed.origin.get("pretrain", {})
         names = ("new_bpb_before", "old_bpb_before", CHECKSUM)
         facts = {name: known[name] for name in names if name in known}

@@ -26,8 +26,8 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .early_stopping import Score
 from .memory import check_memory
 from .metrics_log import describe_run
+from .resume import run_batch_size
 from .run_folder import open_run
-from .schedule import choose_batch_size
 from .trainer import Trainer, TrainResult
 
 VAL_ROWS, FINAL_VAL_ROWS = 200, 1000  # scored at a validation, at most, and at the end
@@ -72,7 +72,7 @@ def train_ft(
         if any(LINE_BREAK.encode() in p.prompt + p.target for p in (*data, *held_out)):
             checkpoint.config = replace(checkpoint.config, line_breaks=True)
         n_tokens = sum(len(pair.prompt) + len(pair.target) for pair in data)
-        batch_size = choose_batch_size(options, checkpoint.config, device)
+        batch_size = run_batch_size(options, checkpoint.config, device, resumed)
         max_tokens = batch_size * checkpoint.config.max_len
         check_memory(checkpoint.config, device, min(n_tokens, max_tokens), 1)
         # Step 2: adapt the model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from ..config import DEFAULT_COUNT_MEMORY, HRMConfig, PretrainConfig
 from ..console import print0, progress_bar
-from ..data import ByteStream, LMDataset, corpus_stats, load_stream, split_stream
+from ..data import ByteStream, CorpusStats, LMDataset, corpus_stats, load_stream, split_stream
 from ..data.corpus_files import text_files
 from ..data.held_out import remove_shared, shared_fraction, shared_units
 from ..device import choose_device, choose_precision
@@ -30,8 +30,8 @@ from .continued import Start, read_start
 from .early_stopping import Score
 from .memory import check_memory, total_memory
 from .metrics_log import describe_run
+from .resume import run_batch_size
 from .run_folder import open_run
-from .schedule import choose_batch_size
 from .signals import interruptible
 from .trainer import Trainer, TrainResult
 
@@ -88,7 +88,7 @@ def train_lm(
         # Step 2: build the model and count the n-grams.
         config = model_config(config, options, start)
         n_windows = math.ceil(len(stream) / config.max_len)
-        batch_size = choose_batch_size(options, config, device)
+        batch_size = run_batch_size(options, config, device, resumed)
         check_memory(config, device, min(batch_size, n_windows), config.max_len)
         torch.manual_seed(options.seed)
         model = HRMModel(config) if start is None else start.build_model().to(device)
@@ -101,10 +101,8 @@ def train_lm(
         model.to(device)
         # Step 3: report what was read.
         stats = corpus_stats(stream)
-        print0(f"corpus: {stats}")
-        print0(f"held out: {len(held_out):,} bytes, {'the end of it' if val is None else val}")
-        for line in stats.warnings(model.n_parameters(), options.sep):
-            print0(f"warning: {line}")
+        warnings = stats.warnings(model.n_parameters(), options.sep, start is None, len(held_out))
+        report_corpus(stats, len(held_out), val, warnings if resumed is None else ())
         describe_run("pretrain", model, dtype)
         # Step 4: train.
         data = LMDataset(
@@ -144,6 +142,20 @@ def model_config(
         sep=options.sep,
         line_breaks=options.sep in ("stanza", "file"),
     )
+
+
+def report_corpus(
+    stats: CorpusStats, n_held_out: int, val: PathLike | None, warnings: Iterable[str]
+) -> None:
+    """Prints what was read.
+
+    Args:
+        warnings: none in a resumed run, in which nothing can be changed.
+    """
+    print0(f"corpus: {stats}")
+    print0(f"held out: {n_held_out:,} bytes, {'the end of it' if val is None else val}")
+    for line in warnings:
+        print0(f"warning: {line}")
 
 
 def describe_data(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import AdamW, Optimizer
 
-from ..config import MAX_BATCH, TrainConfig
+from ..config import MAX_BATCH, HRMConfig, TrainConfig
 from ..errors import HRMError
+from ..launch import resume_command
 from ..model import HRMModel
 from ..options import check_bounds, check_fields, describe, flag_name
 from .checkpoint import COUNT, Checkpoint
 from .optim import Muon
+from .schedule import choose_batch_size
 from .state import RunState
 from .weights import check_tensor, only_counts
 
@@ -51,14 +54,27 @@ def changed_options(options: TrainConfig, old: dict[str, Any], new: dict[str, An
     ]
 
 
-def saved_batch_size(options: TrainConfig, resumed: Checkpoint | None) -> int | None:
-    """Returns the batch size of a run to resume, unless the options name one: by default it follows
-    from the device, which may be another one now."""
-    if resumed is None or options.batch_size is not None or not isinstance(resumed.training, dict):
-        return None
-    fingerprint = resumed.training.get("fingerprint")
-    size = fingerprint.get("batch_size") if isinstance(fingerprint, dict) else None
-    return size if type(size) is int and 0 < size <= MAX_BATCH else None
+def run_batch_size(
+    options: TrainConfig, config: HRMConfig, device: torch.device, resumed: Checkpoint | None
+) -> int:
+    """Returns the size of a batch. Where the options name none, it is that of the run to resume,
+    else it follows from the device, which may be another one now."""
+    if resumed is not None and options.batch_size is None and isinstance(resumed.training, dict):
+        fingerprint = resumed.training.get("fingerprint")
+        size = fingerprint.get("batch_size") if isinstance(fingerprint, dict) else None
+        if type(size) is int and 0 < size <= MAX_BATCH:
+            return size
+    return choose_batch_size(options, config, device)
+
+
+def saved_command(resumed: Checkpoint) -> str:
+    """Returns what to add to an error: the command that continues a run, if a command started it,
+    after a semicolon."""
+    try:
+        words = split(resumed.origin.get(resumed.stage, {}).get("command", ""))
+    except ValueError:  # a quote that is not closed
+        return ""
+    return f"; continue it with {resume_command(words)}" if len(words) > 1 else ""
 
 
 @contextmanager

@@ -51,11 +51,12 @@ from .resume import (
     load_fingerprint,
     load_training,
     resume_fingerprint,
-    saved_batch_size,
+    run_batch_size,
+    saved_command,
     usable_state,
 )
 from .run_folder import RunFolder
-from .schedule import choose_batch_size, learning_rate
+from .schedule import learning_rate
 from .signals import stop_signals
 from .state import RunState, StepStats
 from .validation import Validate, is_due, validation_size
@@ -106,8 +107,7 @@ class Trainer:
         validate: Validate | None = None,
         resumed: Checkpoint | None = None,
     ) -> None:
-        batch_size = saved_batch_size(options, resumed)
-        batch_size = batch_size or choose_batch_size(options, model.config, model.device)
+        batch_size = run_batch_size(options, model.config, model.device, resumed)
         self.options = options = replace(options, batch_size=batch_size)
         self.model, self.data, self.stage, self.loader = model, data, stage, Loader(model)
         model.stage = stage
@@ -420,9 +420,8 @@ class Trainer:
         if saved.config != self.model.config:
             changed.append("the model")
         if changed:
-            raise HRMError(
-                f"cannot resume the run in {self.folder.root}: {', '.join(changed)} changed"
-            )
+            reason = f"{', '.join(changed)} changed{saved_command(saved)}"
+            raise HRMError(f"cannot resume the run in {self.folder.root}: {reason}")
         self.model.load_state_dict(saved.weights | only_counts(self.model.state_dict()))
         with usable_state(path):
             self.state = load_training(saved.training, self.optimizers, self.scaler, len(self.data))
