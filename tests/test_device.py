@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import random_model
 
 from hrm_esp import FinetuneConfig, HRMConfig, PretrainConfig
 from hrm_esp.cli import common
 from hrm_esp.cli.main import describe_system_error
 from hrm_esp.cli.parser import build_parser
+from hrm_esp.data import Batch
 from hrm_esp.device import choose_device, choose_precision
 from hrm_esp.errors import HRMError
+from hrm_esp.model import HRMModel
+from hrm_esp.training import memory
+from hrm_esp.training.loss import Loss
+from hrm_esp.training.memory import fit_batch_size
 from hrm_esp.training.schedule import batch_shape, choose_batch_size
 
 
@@ -89,6 +95,29 @@ def test_the_size_of_a_batch_follows_from_the_device(gpus: pytest.MonkeyPatch) -
         for d_model in (256, 512)
     ]
     assert sizes == [8, 8, 64, 32, 2, 2, 8, 8, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 16])
+def test_a_batch_is_halved_until_it_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: int
+) -> None:
+    """On a device with memory for so many windows."""
+    model, compute_loss = random_model(cross_attention=True).train(), memory.loss
+
+    def limited_loss(model: HRMModel, batch: Batch) -> Loss:
+        if len(batch.y_out) > limit:
+            raise torch.OutOfMemoryError
+        return compute_loss(model, batch)
+
+    monkeypatch.setattr(memory, "loss", limited_loss)
+    if limit == 0:
+        with pytest.raises(HRMError, match="--size or --max_len"):
+            fit_batch_size(model, 16, torch.float32)
+        return
+    fitting = fit_batch_size(model, 16, torch.float32)
+    assert fitting <= limit < 2 * fitting
+    assert ("batch size" in capsys.readouterr().err) == (fitting < 16)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_texts_are_written_on_the_cpu_unless_a_device_is_named(gpus: pytest.MonkeyPatch) -> None:

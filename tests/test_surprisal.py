@@ -173,7 +173,7 @@ def test_the_command(trained: Path, run: Run, text: Path, tmp_path: Path) -> Non
     assert paragraphs == ["Una línea", "Un párrafo de dos líneas."]
     (tmp_path / "pairs.tsv").write_text(PAIRS, encoding="utf-8")
     out = run("evaluate", "pairs.tsv", "--ckpt", checkpoint, "--by", "word").stdout
-    assert out.startswith("row\tword_no\tword\tbits\tbytes\n1\t1\tpar\t")
+    assert out.startswith("line\tword_no\tword\tbits\tbytes\n1\t1\tpar\t")
     finetuned = trained / "checkpoints" / "finetune_best.pt"
     out = run("evaluate", text, "--ckpt", finetuned, "--by", "line")
     assert "warning: a finetuned model" in out.stderr

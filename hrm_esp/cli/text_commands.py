@@ -78,13 +78,12 @@ def show_surprisal(args: argparse.Namespace) -> None:
     from ..data import is_table
     from ..evaluation import TextScore
 
-    found, is_text = list(surprisals(model, args)), not is_table(args.file)
-    shown = columns(args.by or "word", "line" if is_text else "row")
+    found, shown = list(surprisals(model, args)), columns(args.by or "word")
     n_bytes = sum(part.n_bytes for part in found)
     score = TextScore(sum(part.bits for part in found) / max(1, n_bytes), n_bytes)
     if args.html is not None:
         file_name = Path(args.file).name.encode(errors="replace").decode()
-        is_wrapped = is_text and (args.sep or model.config.sep) == "blank"
+        is_wrapped = not is_table(args.file) and (args.sep or model.config.sep) == "blank"
         with atomic_write(Path(args.html).resolve()) as file:
             for text in page(found, file_name, score, is_wrapped):
                 file.write(text.encode())
@@ -103,16 +102,12 @@ def show_surprisal(args: argparse.Namespace) -> None:
     print(score, file=STDERR)
 
 
-def columns(by: str, unit: str) -> list[tuple[str, str]]:
-    """Returns the names of the columns of --by, and the fields of `Surprisal` that they show.
-
-    Args:
-        unit: ``line`` of a text, or ``row`` of a table.
-    """
+def columns(by: str) -> list[tuple[str, str]]:
+    """Returns the names of the columns of --by, and the fields of `Surprisal` that they show."""
     number = [] if by == "line" else [(f"{by}_no", "number")]
     size = [] if by == "byte" else [("bytes", "n_bytes")]
     text = "text" if by == "line" else by
-    return [(unit, "line"), *number, (text, "text"), ("bits", "bits"), *size]
+    return [("line", "line"), *number, (text, "text"), ("bits", "bits"), *size]
 
 
 def surprisals(model: HRMModel, args: argparse.Namespace) -> Iterator[Surprisal]:

@@ -1,7 +1,8 @@
-"""Whether training fits into memory, before anything is allocated: a system that runs out of memory
-may kill the process without a word.
+"""Whether training fits into memory.
 
-Estimates are lower bounds, so that nothing is refused that would have fit.
+`check_memory` estimates it before anything is allocated: a system that runs out of memory may kill
+the process without a word. Its estimates are lower bounds, so that nothing is refused that would
+have fit. On a GPU, `fit_batch_size` tries out how large a batch may be.
 """
 
 from __future__ import annotations
@@ -11,8 +12,14 @@ import os
 import torch
 
 from ..config import HRMConfig
+from ..console import print0
+from ..data import Batch
+from ..device import autocast
+from ..distributed import all_reduce_sum
 from ..errors import HRMError
+from ..model import HRMModel
 from ..model.skeleton import skeleton
+from .loss import loss
 
 WEIGHT_BYTES = 4
 COPIES = 3  # of each weight: itself, its gradient and a moment of it; or two moments
@@ -52,13 +59,48 @@ def rotary_bytes(config: HRMConfig) -> int:
 
 
 def batch_bytes(config: HRMConfig, device: torch.device, n_rows: int, length: int) -> int:
-    """Returns the size of what the Executor keeps of a batch for the backward pass: inputs and
-    outputs of the matrix products, and on a CPU also the attention weights."""
+    """Returns the size of what the Executor keeps of a batch for the backward pass on a CPU: inputs
+    and outputs of the matrix products, and the attention weights. A GPU says itself what does not
+    fit."""
+    if device.type != "cpu":
+        return 0
     widths = (8 + 3 * config.ff_mult) * config.d_model
-    per_token = ACTIVATION_BYTES * widths
-    if device.type == "cpu":
-        per_token += WEIGHT_BYTES * config.n_heads * (length // 2)
+    per_token = ACTIVATION_BYTES * widths + WEIGHT_BYTES * config.n_heads * (length // 2)
     return n_rows * length * config.n_layers_dec * per_token
+
+
+def fit_batch_size(model: HRMModel, batch_size: int, dtype: torch.dtype) -> int:
+    """Halves a batch size until a step fits into the memory of the GPU, in all processes.
+
+    Raises:
+        HRMError: not even one window fits.
+    """
+    fitting = batch_size
+    while all_reduce_sum(not fits(model, fitting, dtype))[0]:
+        fitting //= 2
+        if not fitting:
+            raise HRMError("out of memory: give a smaller --size or --max_len")
+    if fitting < batch_size:
+        print0(f"batch size: {fitting}, because {batch_size} do not fit into the GPU's memory")
+    return fitting
+
+
+def fits(model: HRMModel, n_rows: int, dtype: torch.dtype) -> bool:
+    """Whether a step on so many full windows, with the optimizer's moments, fits into memory."""
+    config, device = model.config, model.device
+    try:
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        ids = torch.full((n_rows, config.max_len), ord(" "), device=device)
+        attends = torch.ones(n_rows, dtype=torch.bool, device=device)
+        batch = Batch(ids, ids, ids, attends if config.cross_attention else None, is_padded=False)
+        with autocast(device, dtype):
+            loss(model, batch).total.backward()
+        del moments
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
 
 
 def total_memory(device: torch.device) -> int | None:

@@ -44,6 +44,7 @@ from .clock import RunningClock
 from .early_stopping import is_best, is_worse
 from .loader import Loader, StepBatches, step_batches, with_next
 from .loss import BatchSizes, LossModule, code_counts
+from .memory import fit_batch_size
 from .metrics_log import Meter, MetricsLog
 from .optim import build_optimizers, clip_gradients, set_learning_rate
 from .resume import (
@@ -107,12 +108,14 @@ class Trainer:
         validate: Validate | None = None,
         resumed: Checkpoint | None = None,
     ) -> None:
-        batch_size = run_batch_size(options, model.config, model.device, resumed)
-        self.options = options = replace(options, batch_size=batch_size)
         self.model, self.data, self.stage, self.loader = model, data, stage, Loader(model)
         model.stage = stage
         self.validate, self.device = validate, model.device
         self.dtype = choose_precision(self.device, options.precision)
+        batch_size = run_batch_size(options, model.config, self.device, resumed)
+        if self.device.type == "cuda" and options.batch_size is None and resumed is None:
+            batch_size = fit_batch_size(model, batch_size, self.dtype)
+        self.options = options = replace(options, batch_size=batch_size)
         # Optimizers.
         self.optimizers = build_optimizers(model, options)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -359,13 +362,9 @@ class Trainer:
             self.packed_counts = pack_counts(self.model.state_dict())
         produced_by = state.step, state.bytes_seen, state.val_bpb, __version__
         content = Checkpoint(
-            self.model.config,
-            self.model.state_dict(),
-            self.stage,
-            *produced_by,
-            counts=self.packed_counts,
-            training=training,
-        )
+            self.model.config, self.model.state_dict(), self.stage, *produced_by,
+            counts=self.packed_counts, training=training,
+        )  # fmt: skip
         self.folder.save(name, content)
 
     def save_state(self) -> None:
