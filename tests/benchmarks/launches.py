@@ -50,7 +50,9 @@ def print_counts(size: str, with_waits: bool) -> None:
     }
     model = new_model(config, text.stream)
     with tempfile.TemporaryDirectory() as folder, pretend_cuda.Device():
-        options = PretrainConfig(steps=10**6, out_dir=folder, precision="bf16")
+        options = PretrainConfig(
+            steps=10**6, out_dir=folder, precision="bf16", batch_size=N_WINDOWS
+        )
         trainer = new_trainer(model.to(pretend_cuda.CUDA), text.stream, options)
         for name, batch in batches.items():
             steps = [[batch], [batch]]
