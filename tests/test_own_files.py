@@ -234,6 +234,14 @@ TABLES = {
     "known names before numbers of training": case(
         "x;pregunta;respuesta\na;q;r\n", [("q", "r")], trained=PairColumns("1", "2", 3)
     ),
+    "row numbers without a name": case(
+        ",frase,corrección\n0,ola,hola\n1,baca,vaca\n", [("ola", "hola"), ("baca", "vaca")],
+        "target: corrección; not read: column 1",
+    ),
+    "a number is no name": case(
+        "1;Título de un libro\n2;Cien años\n", [("1", "Título de un libro"), ("2", "Cien años")],
+        "no header",
+    ),
     "a column of answers": case("pregunta;x;answer\nq;1;a\n", [("q", "a")], "not read: x"),
     "columns that excel left empty": case(
         "Frase;Corrección;;\nola;hola;;\n", [("ola", "hola")], "target: Corrección"
@@ -350,6 +358,9 @@ PROMPTS = {
     "two columns typed by hand": case("frase, corrección\nola, hola\n", ["ola"], "prompt: frase"),
     "numbered": case("nº;Frase\n1;ola\n2;abion\n", ["ola", "abion"], "prompt: Frase; not read: nº"),
     "more columns": case("Alumno;Frase;Curso\nAna;ola;1\n", ["Ana"], "warning: "),
+    "a comma in each row, but another column wanted": case(
+        "hola, ola\nvaca, baca\n", [" ola", " baca"], "comma; prompt: column 2", prompt_col="2"
+    ),
     "columns of training": case(
         "Alumno;Frase;Curso\nAna;ola;1\n", ["ola"], "a.csv: ",
         trained=PairColumns("frase", "corrección", 3),
