@@ -450,7 +450,9 @@ def test_a_finetuned_model_knows_its_columns(trained: Path, run: Run, tmp_path: 
         "prompt: alumno; target: frase"
         in run("evaluate", "t.csv", "--prompt_col", "alumno", "--target_col", "frase").stderr
     )
-    out = run(*args, *columns, "--resume")
+    out = run(*args, "--prompt_col", "2", "--target_col", "3", "--resume")
+    assert out.returncode == 2 and "data changed" in out.stderr
+    out = run(*args, "--prompt_col", "3", "--target_col", "4", "--resume")  # the same pairs
     assert out.returncode == 0, out.stderr
     assert "columns     prompt: frase" in run("info").stdout
     content = torch.load(tmp_path / "checkpoints" / "finetune_best.pt", weights_only=True)

@@ -152,7 +152,7 @@ def choose_columns(
     def find(column: str) -> int:
         found = _find(column, lower, n_cells)
         if found is None:
-            shown = ", ".join(map(one_line, names))
+            shown = ", ".join(column_name(names, i) for i in range(n_cells))
             known = f"its columns are {shown}" if names else f"it has {n_cells} columns"
             raise HRMError(f"{path} has no column {describe(column)}: {known}")
         return found
