@@ -234,6 +234,14 @@ TABLES = {
     "known names before numbers of training": case(
         "x;pregunta;respuesta\na;q;r\n", [("q", "r")], trained=PairColumns("1", "2", 3)
     ),
+    "row numbers without a name": case(
+        ",frase,corrección\n0,ola,hola\n1,baca,vaca\n", [("ola", "hola"), ("baca", "vaca")],
+        "target: corrección; not read: column 1",
+    ),
+    "a number is no name": case(
+        "1;Título de un libro\n2;Cien años\n", [("1", "Título de un libro"), ("2", "Cien años")],
+        "no header",
+    ),
     "a column of answers": case("pregunta;x;answer\nq;1;a\n", [("q", "a")], "not read: x"),
     "columns that excel left empty": case(
         "Frase;Corrección;;\nola;hola;;\n", [("ola", "hola")], "target: Corrección"
@@ -350,6 +358,9 @@ PROMPTS = {
     "two columns typed by hand": case("frase, corrección\nola, hola\n", ["ola"], "prompt: frase"),
     "numbered": case("nº;Frase\n1;ola\n2;abion\n", ["ola", "abion"], "prompt: Frase; not read: nº"),
     "more columns": case("Alumno;Frase;Curso\nAna;ola;1\n", ["Ana"], "warning: "),
+    "a comma in each row, but another column wanted": case(
+        "hola, ola\nvaca, baca\n", [" ola", " baca"], "comma; prompt: column 2", prompt_col="2"
+    ),
     "columns of training": case(
         "Alumno;Frase;Curso\nAna;ola;1\n", ["ola"], "a.csv: ",
         trained=PairColumns("frase", "corrección", 3),
@@ -439,7 +450,9 @@ def test_a_finetuned_model_knows_its_columns(trained: Path, run: Run, tmp_path: 
         "prompt: alumno; target: frase"
         in run("evaluate", "t.csv", "--prompt_col", "alumno", "--target_col", "frase").stderr
     )
-    out = run(*args, *columns, "--resume")
+    out = run(*args, "--prompt_col", "2", "--target_col", "3", "--resume")
+    assert out.returncode == 2 and "data changed" in out.stderr
+    out = run(*args, "--prompt_col", "3", "--target_col", "4", "--resume")  # the same pairs
     assert out.returncode == 0, out.stderr
     assert "columns     prompt: frase" in run("info").stdout
     content = torch.load(tmp_path / "checkpoints" / "finetune_best.pt", weights_only=True)

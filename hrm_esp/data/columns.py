@@ -92,7 +92,10 @@ def _normalized(name: str) -> str:
 
 def has_header_row(first: Sequence[str], body: Sequence[Sequence[str]], prompts_only: bool) -> bool:
     """Whether the first row names the columns: it has names of a pair, or words that name columns,
-    or single words above cells that are numbers or have several words."""
+    or single words above cells that are numbers or have several words. The first column of three or
+    more may lack a name."""
+    if len(first) > 2 and not first[0].strip():
+        first = first[1:]
     lower = list(map(_normalized, first))
     if known_pair(first) or (len(first) == 1 and lower[0] in TEXT_NAMES):
         return True
@@ -102,7 +105,7 @@ def has_header_row(first: Sequence[str], body: Sequence[Sequence[str]], prompts_
     if (
         not is_short
         or len(set(lower)) < len(lower)
-        or any(re.search("[.,;?!…]$", n) for n in lower)
+        or any(re.search(r"^\d+$|[.,;?!…]$", n) for n in lower)
     ):
         return False
     n_words = sum(name.split()[0] in COLUMN_WORDS for name in lower)
@@ -149,7 +152,7 @@ def choose_columns(
     def find(column: str) -> int:
         found = _find(column, lower, n_cells)
         if found is None:
-            shown = ", ".join(map(one_line, names))
+            shown = ", ".join(column_name(names, i) for i in range(n_cells))
             known = f"its columns are {shown}" if names else f"it has {n_cells} columns"
             raise HRMError(f"{path} has no column {describe(column)}: {known}")
         return found
@@ -277,7 +280,7 @@ def _without_row_numbers(
     """
     n_skipped, is_named = 0, True
     while len(left) > 1 and left[0] == n_skipped:
-        has_name = bool(lower) and lower[left[0]] in ROW_NUMBER_NAMES
+        has_name = bool(lower) and (not lower[left[0]] or lower[left[0]] in ROW_NUMBER_NAMES)
         is_enough = len(left) > n_needed or (prompts_only and has_name)
         if not is_enough or not (has_name or _counts_rows(cells, left[0])):
             break
@@ -306,7 +309,7 @@ def _unclear(
     for i in range(min(width, MAX_SHOWN_COLUMNS)):
         texts = (cell_text(row, i) for row in cells)
         example = shorten(next((text for text in texts if text.strip()), ""))
-        shown.append(f"{one_line(names[i]) if names else f'column {i + 1}'} ({example})")
+        shown.append(f"{column_name(names, i)} ({example})")
     if width > MAX_SHOWN_COLUMNS:
         shown.append("...")
     missing = [n for n, i in (("prompt", prompt), ("target", target)) if i is None]
@@ -324,6 +327,12 @@ def cell_text(cells: Sequence[Any], index: int | None) -> str:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text.replace("\0", "").encode(errors="ignore").decode()
+
+
+def column_name(names: Sequence[str], index: int) -> str:
+    """Returns the name of a column as a message shows it, or its number from 1."""
+    name = one_line(names[index]) if index < len(names) else ""
+    return name or f"column {index + 1}"
 
 
 def one_line(text: str) -> str:

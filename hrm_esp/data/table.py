@@ -24,9 +24,9 @@ from .columns import (
     Wanted,
     cell_text,
     choose_columns,
+    column_name,
     is_header_row,
     known_pair,
-    one_line,
     shorten,
 )
 from .encodings import is_utf8
@@ -161,7 +161,7 @@ class Table:
         return len(self.names) or max(map(len, self.cells), default=0)
 
     def _name(self, index: int) -> str:
-        return one_line(self.names[index]) if index < len(self.names) else f"column {index + 1}"
+        return column_name(self.names, index)
 
 
 def read_table(
@@ -289,7 +289,7 @@ def _is_prose(rows: Sequence[list[str]], wanted: Wanted) -> bool:
     """Whether a separator is the punctuation of sentences: a space mostly follows it, which no
     program writes, and it splits the rows into different numbers of cells.
 
-    A few rows of prompts may have the same number by chance.
+    A few rows of prompts may have the same number by chance, unless a later column is wanted.
     """
     later = [cell for row in rows for cell in row[1:] if cell]
     if sum(cell.startswith(" ") for cell in later) <= len(later) / 2:
@@ -298,7 +298,8 @@ def _is_prose(rows: Sequence[list[str]], wanted: Wanted) -> bool:
     if is_header_row(first, body, wanted):
         return False
     is_regular = all(len(row) == len(first) for row in body)
-    return not is_regular or (wanted.prompts_only and len(rows) < MIN_REGULAR_ROWS)
+    may_be_chance = wanted.prompts_only and len(rows) < MIN_REGULAR_ROWS
+    return not is_regular or (may_be_chance and wanted.prompt_col in (None, "1"))
 
 
 def _csv_rows(text: str, separator: str, strict: bool) -> Iterator[list[str]]:

@@ -34,9 +34,10 @@ MOMENTS: dict[type[Optimizer], tuple[str, ...]] = {
 
 def resume_fingerprint(options: TrainConfig, model: HRMModel, data_id: str) -> dict[str, Any]:
     """Returns what a resumed run must have in common with the saved one: options, data and n-gram
-    counts, which the saved state does not contain."""
+    counts, which the saved state does not contain. Columns of a table may be given in another way:
+    the pairs are compared."""
     free = {"out_dir", "resume", "overwrite", "keep", "compile", "save_every", "sample_prompt"}
-    free |= {"ckpt", "val_old"}
+    free |= {"ckpt", "val_old", "prompt_col", "target_col"}
     fingerprint = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in free}
     checksum = 0
     for tensor in only_counts(model.state_dict()).values():
