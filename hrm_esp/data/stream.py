@@ -141,7 +141,7 @@ def load_stream(
             it for this process only.
         sep, keep_licence: see `load_documents`.
         held_out: a stream whose documents are left out, see `DocumentSet.remove_from`.
-        lines: remembers the lines of the stream, where no document is left out and nothing cached.
+        lines: records the lines of the stream, where no document is left out and nothing cached.
 
     Raises:
         HRMError: a file cannot be read, or none holds any text that is not held out.

@@ -370,8 +370,6 @@ def check_table_name(path: PathLike) -> None:
     """Raises HRMError if `write_table` cannot write a file of this name."""
     if table_suffix(path) not in TABLE_SUFFIXES or str(path).lower().endswith(".gz"):
         raise HRMError(f"cannot write {path}: give a name that ends in .csv, .tsv or .jsonl")
-    if not Path(path).parent.is_dir():
-        raise HRMError(f"cannot write {path}: give a file in a folder that exists")
 
 
 def write_table(

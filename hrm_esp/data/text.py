@@ -356,7 +356,7 @@ class LineNumbers:
     def record(
         self, path: PathLike, lines: Iterable[NumberedLine], sep: str
     ) -> Iterator[NumberedLine]:
-        """Yields the lines of a file that become its documents, and remembers them."""
+        """Yields the lines of a file that become its documents, and records them."""
         found = self.found[path] = []
         n_blank = 0
         for line in lines:
@@ -388,7 +388,7 @@ def load_documents(
             ``stanza`` (a blank line; line breaks are kept) or ``file``.
         stats: counts the documents and bytes yielded, and what is odd about the text.
         keep_licence: keep Project Gutenberg's licence.
-        line_numbers: remembers the lines of the documents.
+        line_numbers: records the lines of the documents.
 
     Raises:
         HRMError: the file is missing, a folder, or not text; or an unknown ``sep``.
